@@ -1,0 +1,163 @@
+"""What train.py can be asked to do, and what is wrong with a question, said before anything starts."""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from data import Dataset, MissingDataError, load
+from ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer, the rate it starts from and the largest rate it may be given."""
+
+    optimizer: type[torch.optim.Optimizer]
+    lr: float
+    lr_max: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES = {
+    "sgd": Recipe(torch.optim.SGD, lr=0.05, lr_max=0.5, options={"momentum": 0.9}),
+    "adamw": Recipe(torch.optim.AdamW, lr=1e-3, lr_max=0.02, options={"weight_decay": 0.01}),
+    "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.02),
+    "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.02),
+}
+DATA_OF_MODEL = {
+    "mlp": ("digits", "fashion-mnist"),
+    "cnn": ("digits", "fashion-mnist"),
+    "gpt": ("shakespeare",),
+}
+EPOCHS = {"digits": 30, "fashion-mnist": 3, "shakespeare": 1}
+BATCH_SIZE = {"digits": 128, "fashion-mnist": 256, "shakespeare": 64}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error once, not once for each rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(
+            usage="[torchrun --standalone --nproc_per_node=N] examples/train.py [options]",
+            description="Train a small model with a learning rate that GeN chooses at each step.",
+        )
+        self.rank = rank
+
+    def error(self, message: str) -> NoReturn:
+        if self.rank == 0:
+            super().error(message)
+        raise SystemExit(2)
+
+
+def parse(ranks: Ranks) -> tuple[argparse.Namespace, Dataset]:
+    """The arguments, complete, and the data they name; a mistake ends the process with one line."""
+    parser = Parser(ranks.rank)
+    add_options(parser)
+    arguments = parser.parse_args()
+    fill_in_defaults(arguments, ranks)
+    for complaint in complaints(arguments, ranks):
+        parser.error(complaint)
+    try:
+        dataset = load(arguments.data, arguments.data_dir)
+    except MissingDataError as error:
+        parser.error(str(error))
+    if arguments.batch_size > len(dataset.train_x):
+        parser.error(f"--batch-size {arguments.batch_size}: there are only {len(dataset.train_x)} examples")
+    return arguments, dataset
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", choices=DATA_OF_MODEL, default="cnn", help="what to train (default: %(default)s)")
+    add("--data", choices=EPOCHS, help="what to train it on (default: digits; for gpt, shakespeare)")
+    add(
+        "--data-dir", type=Path, default=Path("data"), help="where downloaded data lie (default: %(default)s)"
+    )
+    add(
+        "--parallel",
+        choices=["none", "replica", "ddp", "fsdp2"],
+        help="how the ranks share the model (default: ddp under torchrun, else none)",
+    )
+    add(
+        "--curvature",
+        choices=["exact", "gauss-newton", "forward"],
+        default="exact",
+        help="how the scheduler measures it (default: %(default)s)",
+    )
+    add("--probes", type=int, choices=[1, 2], help="forward passes of --curvature forward (default: 2)")
+    add(
+        "--optimizer", choices=RECIPES, default="sgd", help="whose direction to follow (default: %(default)s)"
+    )
+    add("--lr", type=float, help="the rate before the first update (default: by optimizer)")
+    add("--lr-min", type=float, default=0.0, help="the smallest rate allowed (default: %(default)s)")
+    add("--lr-max", type=float, help="the largest rate allowed (default: by optimizer)")
+    add("--epochs", type=int, help="passes over the data (default: by data)")
+    add("--batch-size", type=int, help="examples in a step, of all ranks together (default: by data)")
+    add(
+        "--update-every", type=int, default=1, help="steps between updates of the rate (default: %(default)s)"
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights and of the order of the data (default: %(default)s)",
+    )
+    add("--output", type=Path, help="folder of metrics.jsonl and training.png (default: runs/NAME)")
+    add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw training.png at the end")
+    add("--check", action="store_true", help="look at the arguments and the data, say so, and stop")
+
+
+def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    recipe = RECIPES[arguments.optimizer]
+    defaults: dict[str, Any] = {
+        "data": DATA_OF_MODEL[arguments.model][0],
+        "parallel": "ddp" if ranks.launched else "none",
+        "lr": recipe.lr,
+        "lr_max": recipe.lr_max,
+    }
+    complete(arguments, defaults)
+    complete(
+        arguments,
+        {
+            "epochs": EPOCHS[arguments.data],
+            "batch_size": BATCH_SIZE[arguments.data],
+            "output": Path("runs", f"{arguments.model}-{arguments.data}-{arguments.parallel}"),
+        },
+    )
+
+
+def complete(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+
+
+def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
+    """What is wrong with the arguments, in words; nothing, if all is well."""
+    a = arguments
+    if a.data not in DATA_OF_MODEL[a.model]:
+        yield f"--model {a.model} needs --data {' or '.join(DATA_OF_MODEL[a.model])}, not {a.data}"
+    if a.parallel != "none" and not ranks.launched:
+        yield f"--parallel {a.parallel} needs ranks: start it with torchrun --standalone --nproc_per_node=2"
+    if a.parallel == "none" and ranks.size > 1:
+        yield f"--parallel none is for one process, and torchrun started {ranks.size}"
+    if a.probes is not None and a.curvature != "forward":
+        yield f"--probes {a.probes} belongs to --curvature forward, not to {a.curvature}"
+    if not 0 <= a.lr_min <= a.lr_max < math.inf:
+        yield f"--lr-min {a.lr_min:g} --lr-max {a.lr_max:g}: need 0 <= lr-min <= lr-max"
+    if not 0 < a.lr < math.inf:
+        yield f"--lr {a.lr:g}: need a positive rate"
+    for name in ("epochs", "batch_size", "update_every"):
+        if getattr(a, name) < 1:
+            yield f"--{name.replace('_', '-')} {getattr(a, name)}: need at least 1"
+    if a.batch_size % ranks.size:
+        yield f"--batch-size {a.batch_size} does not divide into equal slices for {ranks.size} ranks"
+    if a.output.exists() and not a.output.is_dir():
+        yield f"--output {a.output}: a file of this name exists"
+    if a.plot and importlib.util.find_spec("matplotlib") is None:
+        yield 'the plot needs matplotlib: pip install "gen_dist[plots]", or --no-plot'

@@ -1,0 +1,72 @@
+"""The ranks that torchrun started, or the single process it did not: who they are, and what they add up."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`, of which `local_size` share its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launched: bool
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Reads the variables that torchrun sets; nothing is started yet."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            size=size,
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+            launched="WORLD_SIZE" in os.environ,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """A CUDA device of its own where the machine has one for each rank, else the CPU."""
+        if torch.cuda.device_count() >= self.local_size:
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """The process group, if torchrun started this process, for the time of the block."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not self.launched:
+            yield
+            return
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks, on each of them; in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over the ranks of a scalar."""
+        return self.total(value.detach().double().clone()).item() / self.size
+
+    def average_running_statistics(self, model: nn.Module) -> None:
+        """Makes every rank evaluate the same model: each has kept statistics of its own slices only."""
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                self.total(buffer.div_(self.size))

@@ -1,0 +1,137 @@
+"""What a run leaves behind: a progress bar, metrics.jsonl, a figure and a closing line."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from ranks import Ranks
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import gen_dist as gen
+from gen_dist.plots import Line, training_figure
+
+LINE_POINTS = 21
+
+
+class Recorder:
+    """Follows a run step by step. All ranks call it, and rank 0 writes."""
+
+    def __init__(self, scheduler: gen.GenScheduler, output: Path, steps: int, ranks: Ranks) -> None:
+        self.scheduler = scheduler
+        self.output = output
+        self.ranks = ranks
+        self.records: list[dict[str, Any]] = []
+        self.lines: list[Line] = []
+        self._lines_due = [0, steps // 3, 9 * steps // 10]
+        self._seen = scheduler.last
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        if ranks.rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            self._file = (output / "metrics.jsonl").open("w")
+        self._bar = tqdm(total=steps, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self.ranks.rank == 0:
+            self._file.close()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds of the block to this step's account of `what`."""
+        start = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[what] += time.perf_counter() - start
+
+    def line(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        optimizer: gen.GenOptimizer,
+        x: Tensor,
+        y: Tensor,
+    ) -> None:
+        """At three steps of a run, looks along the direction that the optimizer holds."""
+        last = self.scheduler.last
+        due = self._lines_due and len(self.records) >= self._lines_due[0]
+        if not due or last is None or last is self._seen or last.reason not in ("accepted", "clamped"):
+            return
+        self._lines_due.pop(0)
+        rates = [2.5 * last.lr * i / (LINE_POINTS - 1) for i in range(LINE_POINTS)]
+        losses = gen.loss_per_learning_rate(model, criterion, optimizer, x, y, rates)
+        self.lines.append(
+            Line(
+                step=len(self.records) + 1,
+                learning_rates=rates,
+                losses=losses.tolist(),
+                parabola=[last.loss - last.numerator * a + last.denominator * a**2 / 2 for a in rates],
+                chosen=last.lr,
+            )
+        )
+
+    def write(self, loss: Tensor) -> None:
+        """Ends a step: one object in metrics.jsonl, and the bar moves on."""
+        record = self._record(self.ranks.mean(loss))
+        self.records.append(record)
+        self._seen = self.scheduler.last
+        self._seconds.clear()
+        if self.ranks.rank == 0:
+            print(json.dumps({key: finite(value) for key, value in record.items()}), file=self._file)
+            self._bar.set_postfix_str(f"loss {record['loss']:.3g}, rate {record['lr']:.2e}", refresh=False)
+            self._bar.update()
+
+    def _record(self, loss: float) -> dict[str, Any]:
+        last = self.scheduler.last
+        updated = last is not None and last is not self._seen
+        return {
+            "step": len(self.records) + 1,
+            "loss": loss,
+            "lr": self.scheduler.get_last_lr()[0],
+            "lr_min": self.scheduler.lr_min,
+            "lr_max": self.scheduler.lr_max,
+            "numerator": last.numerator if updated else None,
+            "denominator": last.denominator if updated else None,
+            "reason": last.reason if updated else None,
+            "seconds": sum(self._seconds.values()),
+            "scheduler_seconds": self._seconds["scheduler"],
+        }
+
+    def draw(self) -> Path:
+        """The figure of the run so far, drawn on rank 0."""
+        path = self.output / "training.png"
+        if self.ranks.rank == 0:
+            training_figure(self.records, self.lines).savefig(path, dpi=150)
+        return path
+
+
+def closing_line(records: list[dict[str, Any]], steps_per_epoch: int, result: str) -> str:
+    """The run in one line: the mean loss of the last epoch, `result`, the rate, the updates, the overhead."""
+    last_epoch = records[-steps_per_epoch:]
+    loss = sum(record["loss"] for record in last_epoch) / len(last_epoch)
+    reasons = [record["reason"] for record in records if record["reason"] is not None]
+    accepted, clamped = (reasons.count(reason) / len(reasons) for reason in ("accepted", "clamped"))
+    overhead = sum(r["scheduler_seconds"] for r in records) / sum(r["seconds"] for r in records)
+    return (
+        f"train loss {loss:.4g} | {result} | final rate {records[-1]['lr']:.3g} | "
+        f"updates: {accepted:.0%} accepted, {clamped:.0%} clamped, {1 - accepted - clamped:.0%} declined | "
+        f"scheduler {overhead:.0%} of the step"
+    )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no word for infinity or not-a-number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

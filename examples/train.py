@@ -1,0 +1,152 @@
+"""Train a small model with a learning rate that GeN chooses, in one process or on several ranks:
+
+python examples/train.py
+torchrun --standalone --nproc_per_node=2 examples/train.py --parallel fsdp2 --optimizer adamw
+"""
+
+import math
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from arguments import RECIPES, parse
+from data import CONTEXT, Dataset, evaluation_batches, training_batches
+from models import CNN, GPT, MLP
+from ranks import Ranks
+from recording import Recorder, closing_line
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import gen_dist as gen
+
+EVALUATION_BATCH = 512
+
+
+class Evaluation(NamedTuple):
+    loss: float
+    accuracy: float
+
+
+def main() -> None:
+    ranks = Ranks.from_environment()
+    arguments, dataset = parse(ranks)
+    if arguments.check:
+        print(f"checked: {description(arguments, dataset)}")
+        return
+    with ranks.connected():
+        train(arguments, dataset.to(ranks.device), ranks)
+
+
+def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
+    torch.manual_seed(arguments.seed)
+    model = parallelize(build(arguments.model, dataset).to(ranks.device), arguments.parallel, ranks)
+    recipe = RECIPES[arguments.optimizer]
+
+    # GeN, 1 of 2: an optimizer that shows its direction, and a scheduler that measures the loss along it
+    optimizer = gen.make_gen_optimizer(
+        recipe.optimizer, model.parameters(), lr=arguments.lr, **recipe.options
+    )
+    scheduler = gen.GenScheduler(
+        optimizer,
+        model,
+        criterion,
+        lr_min=arguments.lr_min,
+        lr_max=arguments.lr_max,
+        curvature=arguments.curvature,
+        probes=arguments.probes or 2,
+        update_every=arguments.update_every,
+    )
+
+    steps_per_epoch = len(dataset.train_x) // arguments.batch_size
+    with Recorder(scheduler, arguments.output, arguments.epochs * steps_per_epoch, ranks) as recorder:
+        for epoch in range(arguments.epochs):
+            for x, y in training_batches(
+                dataset,
+                arguments.batch_size,
+                epoch=epoch,
+                seed=arguments.seed,
+                rank=ranks.rank,
+                ranks=ranks.size,
+            ):
+                with recorder.timed("training"):
+                    optimizer.zero_grad()
+                    loss = criterion(model(x), y)
+                    loss.backward()
+                with recorder.timed("scheduler"):
+                    scheduler.step(x, y)  # GeN, 2 of 2: sets the learning rate, on every rank the same
+                recorder.line(model, criterion, optimizer, x, y)
+                with recorder.timed("training"):
+                    optimizer.step()
+                recorder.write(loss)
+            evaluation = evaluate(model, dataset, ranks)
+
+    if ranks.rank == 0:
+        print(closing_line(recorder.records, steps_per_epoch, result(arguments.model, evaluation)))
+        if arguments.plot:
+            print(recorder.draw())
+
+
+def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy over labels of any shape; the last dim of `logits` is the classes."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def build(name: str, dataset: Dataset) -> nn.Module:
+    example = dataset.train_x[0]
+    match name:
+        case "mlp":
+            return MLP(inputs=example.numel(), classes=dataset.classes)
+        case "cnn":
+            return CNN(channels=example.size(0), classes=dataset.classes)
+        case _:
+            return GPT(vocabulary=dataset.classes, context=CONTEXT)
+
+
+def parallelize(model: nn.Module, parallel: str, ranks: Ranks) -> nn.Module:
+    """Replicas need no wrapper: the weights come from one seed, and the scheduler averages the gradients."""
+    match parallel:
+        case "ddp":
+            return DistributedDataParallel(model)
+        case "fsdp2":
+            mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, ranks: Ranks) -> Evaluation:
+    """The loss and the accuracy on all test examples, each rank seeing its share of them."""
+    ranks.average_running_statistics(model)
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for x, y, counts in evaluation_batches(dataset, EVALUATION_BATCH, rank=ranks.rank, ranks=ranks.size):
+        logits, labels = model(x)[counts].flatten(0, -2), y[counts].flatten()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(-1) == labels).sum()
+        sums += torch.stack([loss, right, torch.tensor(labels.numel(), device=ranks.device)])
+    model.train()
+    loss_sum, right_sum, labels_sum = ranks.total(sums).tolist()
+    return Evaluation(loss_sum / labels_sum, right_sum / labels_sum)
+
+
+def result(model: str, evaluation: Evaluation) -> str:
+    if model == "gpt":
+        return f"test perplexity {math.exp(evaluation.loss):.2f} per character"
+    return f"test accuracy {evaluation.accuracy:.1%}"
+
+
+def description(arguments: Namespace, dataset: Dataset) -> str:
+    return (
+        f"{arguments.model} on {len(dataset.train_x)} examples of {arguments.data}, "
+        f"{arguments.epochs} epochs in batches of {arguments.batch_size}, {arguments.parallel}, "
+        f"{arguments.optimizer} with {arguments.curvature} curvature"
+    )
+
+
+if __name__ == "__main__":
+    main()

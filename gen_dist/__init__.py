@@ -1,0 +1,40 @@
+"""Learning rates that need no tuning, for distributed training: the generalized Newton's method (GeN) for PyTorch.
+
+    import gen_dist as gen
+
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), weight_decay=0.1)
+    scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=0.01)
+
+    for x, y in dataloader:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        scheduler.step(x, y)  # sets the learning rate, on every rank the same
+        optimizer.step()
+
+Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", ICLR 2025, arXiv 2407.02772.
+"""
+
+from gen_dist.analysis import (
+    loss_per_learning_rate,
+    second_order_approximation,
+    second_order_approximation_coeffs,
+)
+from gen_dist.jet import UnsupportedOperation
+from gen_dist.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
+from gen_dist.scheduler import ApproxGen, ExactGen, GenScheduler, Update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ApproxGen",
+    "ExactGen",
+    "GenOptimizer",
+    "GenScheduler",
+    "UnsupportedOperation",
+    "Update",
+    "as_gen_optimizer",
+    "loss_per_learning_rate",
+    "make_gen_optimizer",
+    "second_order_approximation",
+    "second_order_approximation_coeffs",
+]

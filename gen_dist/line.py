@@ -1,0 +1,204 @@
+"""The line that the optimizer is about to move along, `phi(a) = L(theta - a d)`, as this rank sees it.
+
+Two ways to look at it: by moving the weights in place and running the model, or by carrying jets through one run.
+Either leaves everything as it was, bit for bit: weights, buffers, random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from gen_dist import sharding
+from gen_dist.jet import Jet, Moving, derivatives, velocity_only
+from gen_dist.optimizer import Direction
+
+__all__ = ["Batch", "Line"]
+
+Criterion: TypeAlias = Callable[..., Tensor]
+
+Restart: TypeAlias = Callable[[], bool]
+"""Puts buffers and random state back; tells whether random numbers were drawn."""
+
+
+class Batch:
+    """One slice of data and how to get its loss: `criterion(model(x), y)`, or a closure that returns it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion | None = None,
+        x: Any = None,
+        y: Any = None,
+        closure: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.model, self.criterion, self.x, self.y, self.closure = model, criterion, x, y, closure
+
+    def output(self) -> Any:
+        return self.model(self.x)
+
+    def loss(self) -> Tensor:
+        if self.closure is not None:
+            return _scalar(self.closure())
+        return self.loss_of(self.output())
+
+    def loss_of(self, output: Any) -> Tensor:
+        assert self.criterion is not None
+        return _scalar(self.criterion(output, self.y))
+
+
+class Line:
+    """`phi(a)`, the mean of the batches' losses at `theta - a d`.
+
+    All results are float64 tensors on the loss's device, not reduced over ranks.
+    """
+
+    def __init__(self, model: nn.Module, direction: Direction, batches: Sequence[Batch]) -> None:
+        self.model = model
+        self.direction = direction
+        self.batches = batches
+        self.draws_random_numbers = False  # whether the last evaluation did
+        self.rounding = 0.0  # the unit roundoff of the loss's dtype, once it is known
+
+    def losses(self, rates: Sequence[float]) -> Tensor:
+        """`phi` at each rate, by moving the weights in place; shape `(len(rates),)`."""
+        with torch.no_grad(), sharding.bare(self.model), _undisturbed(self.model) as restart:
+            with _moved(self.direction) as move_to:
+                values = []
+                for rate in rates:
+                    move_to(rate)
+                    restart()
+                    values.append(self._mean(batch.loss() for batch in self.batches))
+                    sharding.reshard(self.model)
+                self.draws_random_numbers = restart()
+            return torch.stack(values)
+
+    def jet(self) -> Tensor:
+        """`(phi, phi', phi'')` at 0, exact up to rounding, from one run without a graph; shape `(3,)`."""
+        with self._carrying_jets():
+            return torch.stack([_coefficients(batch.loss()) for batch in self.batches]).mean(0)
+
+    def gauss_newton(self) -> Tensor:
+        """As `jet`, with the model taken to first order: `phi'' = (J d)' H (J d)`, `H` the criterion's Hessian.
+
+        Raises `ValueError` for closures, where model and criterion cannot be told apart.
+        """
+        with self._carrying_jets():
+            results = []
+            for batch in self.batches:
+                with velocity_only():
+                    output = batch.output()
+                output = tree_map_only(Jet, lambda jet: Jet(jet.value, jet.velocity), output)
+                results.append(_coefficients(batch.loss_of(output)))
+            return torch.stack(results).mean(0)
+
+    @contextlib.contextmanager
+    def _carrying_jets(self) -> Iterator[None]:
+        # The line is theta - a d: the signs are turned at the end, so that no negated copy of d is needed.
+        velocities = {
+            p: d if group.ratio == 1 else group.ratio * d
+            for group in self.direction
+            for p, d in zip(group.parameters, group.updates, strict=True)
+        }
+        with (
+            torch.no_grad(),
+            _uncompiled(),
+            sharding.bare(self.model),
+            _undisturbed(self.model),
+            sharding.moving_weights(self.model, velocities, Jet) as table,
+        ):
+            # Buffers too: what the model writes into them may move, and come back into the loss.
+            table.update((id(b), Jet(b)) for b in self.model.buffers() if b.is_floating_point())
+            try:
+                with Moving(table):
+                    yield
+            finally:
+                sharding.reshard(self.model)
+
+    def _mean(self, losses: Iterable[Tensor]) -> Tensor:
+        values = [loss.detach() for loss in losses]
+        self.rounding = torch.finfo(values[0].dtype).eps
+        return torch.stack([value.double() for value in values]).mean()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise TypeError(f"the loss must be a real tensor with one element, got {what}: return the mean over the batch")
+    return loss.reshape(())
+
+
+def _coefficients(loss: Tensor) -> Tensor:
+    """`(phi, phi', phi'')` from the jet of a loss along `theta + a d`: `phi` goes the other way."""
+    value, velocity, acceleration = derivatives(loss)
+    zero = torch.zeros_like(value)
+    slope = zero if velocity is None else -velocity
+    return torch.stack([value, slope, zero if acceleration is None else acceleration]).double()
+
+
+@contextlib.contextmanager
+def _moved(direction: Direction) -> Iterator[Callable[[float], None]]:
+    """Yield a function that puts the weights at `theta - a d`; they are back, bit for bit, afterwards."""
+    groups = [([sharding.local(p) for p in g.parameters], g.updates, g.ratio) for g in direction]
+    before = [[shard.clone() for shard in shards] for shards, _, _ in groups]
+    at = 0.0
+
+    def move_to(rate: float) -> None:
+        nonlocal at
+        torch.clear_autocast_cache()  # it would keep casts of the weights as they were
+        if rate != at:
+            for shards, updates, ratio in groups:
+                torch._foreach_add_(shards, updates, alpha=(at - rate) * ratio)
+        at = rate
+
+    try:
+        yield move_to
+    finally:
+        for (shards, _, _), theta in zip(groups, before, strict=True):
+            torch._foreach_copy_(shards, theta)
+        torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[Restart]:
+    """Put buffers and random state back at the end; yields a function that does so in between."""
+    names = [(module, name) for module in model.modules() for name in module._buffers]
+    buffers = [module._buffers[name] for module, name in names]
+    present = [sharding.local(b) for b in buffers if b is not None]
+    contents = [b.clone() for b in present]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def restart() -> bool:
+        drawn = not torch.equal(torch.get_rng_state(), random[0]) or any(
+            not torch.equal(torch.cuda.get_rng_state(device), state) for device, state in random[1]
+        )
+        torch.set_rng_state(random[0])
+        for device, state in random[1]:
+            torch.cuda.set_rng_state(state, device)
+        for (module, name), buffer in zip(names, buffers, strict=True):
+            module._buffers[name] = buffer
+        if present:
+            torch._foreach_copy_(present, contents)
+        return drawn
+
+    try:
+        yield restart
+    finally:
+        restart()
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled modules as they are written; jets are not for the compiler."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,175 @@
+"""Pictures of a training run."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the markers differ as well.
+BLUE, ORANGE, VERMILION, GREY, BLACK = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C", "#222222"
+
+STYLE: dict[str, Any] = {
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.labelcolor": BLACK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "font.size": 9.5,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "xtick.color": BLACK,
+    "ytick.color": BLACK,
+}
+
+
+class Line(NamedTuple):
+    """The loss along the direction of one step: `losses` as they are, `parabola` as it was fitted."""
+
+    step: int
+    learning_rates: Sequence[float]
+    losses: Sequence[float]
+    parabola: Sequence[float]
+    chosen: float
+
+
+def training_figure(records: str | Path | Iterable[Record], lines: Iterable[Line] = ()) -> "Figure":
+    """A run at a glance: the loss and the learning rate over the steps, and the line against its parabola.
+
+    `records` has one mapping a step, or is the path of a file with one JSON object a line. Used are `step`,
+    `loss`, `lr` and, where present, `lr_min`, `lr_max` and `reason`: "accepted", "clamped", why an update was
+    declined, or None at a step without one. A number that was not finite may be None.
+
+    Raises `ValueError` when there are no records, `ImportError` without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "gen_dist[plots]"') from error
+
+    records = _read(records) if isinstance(records, str | Path) else list(records)
+    lines = list(lines)
+    if not records:
+        raise ValueError("there are no records to draw: give one mapping a step")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 6 if lines else 3.4), layout="constrained")
+        rows = figure.subfigures(2 if lines else 1, 1, squeeze=False, hspace=0.06)[:, 0]
+        loss_axes, rate_axes = rows[0].subplots(1, 2)
+        _draw_loss(loss_axes, records)
+        _draw_rate(rate_axes, records)
+        if lines:
+            panels = rows[1].subplots(1, len(lines), squeeze=False)[0]
+            for axes, line in zip(panels, lines, strict=True):
+                _draw_line(axes, line)
+            panels[0].set_ylabel("loss of the batch")
+            panels[0].legend()
+    return figure
+
+
+def _read(path: str | Path) -> list[Record]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
+    steps = _column(records, "step")
+    losses = _column(records, "loss")
+    axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.8, label="running mean")
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    axes.set(title="Training loss", xlabel="step", ylabel="loss")
+    axes.margins(x=0.02)
+    _put_legend_beside_title(axes)
+
+
+def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
+    axes.plot(_column(records, "step"), _column(records, "lr"), color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
+    marks = {
+        "accepted": {"marker": "o", "s": 9, "color": BLUE, "linewidth": 0},
+        "clamped": {"marker": "^", "s": 22, "color": ORANGE, "linewidth": 0},
+        "declined": {"marker": "x", "s": 22, "color": VERMILION, "linewidth": 1.1},
+    }
+    for kind, mark in marks.items():
+        marked = [record for record in records if _kind(record) == kind]
+        if marked:
+            axes.scatter(_column(marked, "step"), _column(marked, "lr"), label=kind, zorder=3, **mark)
+    for bound in ("lr_min", "lr_max"):
+        _draw_bound(axes, records, bound)
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set(title="Learning rate", xlabel="step", ylabel="learning rate")
+    axes.margins(x=0.02, y=0.12)
+    if axes.collections:
+        _put_legend_beside_title(axes)
+
+
+def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
+    drawn = [record for record in records if 0 < (record.get(bound) or 0) < math.inf]
+    if drawn:
+        values = _column(drawn, bound)
+        axes.plot(_column(drawn, "step"), values, color=BLACK, linewidth=1, linestyle=(0, (5, 3)))
+        axes.annotate(
+            bound,
+            (drawn[-1]["step"], values[-1]),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=BLACK,
+        )
+
+
+def _draw_line(axes: "Axes", line: Line) -> None:
+    axes.plot(line.learning_rates, line.losses, color=BLUE, linewidth=1.8, label="loss")
+    axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
+    axes.axvline(line.chosen, color=BLACK, linewidth=1, linestyle=":", label="chosen rate")
+    axes.set(title=f"Along the direction, step {line.step:,}", xlabel="learning rate")
+    lowest, highest = min(*line.losses, *line.parabola), max(line.losses)
+    margin = 0.08 * (highest - lowest)
+    if 0 < margin < math.inf:
+        # A parabola that leaves the loss far behind would flatten everything else.
+        axes.set_ylim(lowest - margin, highest + margin)
+    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="y", nbins=5)
+
+
+def _put_legend_beside_title(axes: "Axes") -> None:
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 0.99),
+        ncols=3,
+        columnspacing=0.8,
+        handlelength=1.2,
+        handletextpad=0.4,
+        borderpad=0,
+    )
+
+
+def _kind(record: Record) -> str | None:
+    reason = record.get("reason")
+    return reason if reason in ("accepted", "clamped", None) else "declined"
+
+
+def _column(records: Iterable[Record], name: str) -> list[float]:
+    return [math.nan if record[name] is None else record[name] for record in records]
+
+
+def _smoothed(values: Sequence[float], memory: float = 0.95) -> list[float]:
+    """The exponentially weighted mean so far, the unfinished weight of its start divided out."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            mean = memory * mean + (1 - memory) * value
+            weight = memory * weight + (1 - memory)
+        smoothed.append(mean / weight if weight else math.nan)
+    return smoothed
