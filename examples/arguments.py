@@ -25,16 +25,16 @@ class Recipe:
 
 RECIPES = {
     "sgd": Recipe(torch.optim.SGD, lr=0.05, lr_max=0.5, options={"momentum": 0.9}),
-    "adamw": Recipe(torch.optim.AdamW, lr=1e-3, lr_max=0.02, options={"weight_decay": 0.01}),
-    "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.02),
-    "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.02),
+    "adamw": Recipe(torch.optim.AdamW, lr=1e-3, lr_max=0.05, options={"weight_decay": 0.01}),
+    "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.05),
+    "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.05),
 }
 DATA_OF_MODEL = {
     "mlp": ("digits", "fashion-mnist"),
     "cnn": ("digits", "fashion-mnist"),
     "gpt": ("shakespeare",),
 }
-EPOCHS = {"digits": 30, "fashion-mnist": 3, "shakespeare": 1}
+EPOCHS = {"digits": 15, "fashion-mnist": 3, "shakespeare": 1}
 BATCH_SIZE = {"digits": 128, "fashion-mnist": 256, "shakespeare": 64}
 
 
@@ -75,9 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", choices=DATA_OF_MODEL, default="cnn", help="what to train (default: %(default)s)")
     add("--data", choices=EPOCHS, help="what to train it on (default: digits; for gpt, shakespeare)")
-    add(
-        "--data-dir", type=Path, default=Path("data"), help="where downloaded data lie (default: %(default)s)"
-    )
+    add("--data-dir", type=Path, default=Path("data"), help="where downloaded data lie (default: %(default)s)")
     add(
         "--parallel",
         choices=["none", "replica", "ddp", "fsdp2"],
@@ -90,17 +88,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how the scheduler measures it (default: %(default)s)",
     )
     add("--probes", type=int, choices=[1, 2], help="forward passes of --curvature forward (default: 2)")
-    add(
-        "--optimizer", choices=RECIPES, default="sgd", help="whose direction to follow (default: %(default)s)"
-    )
+    add("--optimizer", choices=RECIPES, help="whose direction to follow (default: sgd; for gpt, adamw)")
     add("--lr", type=float, help="the rate before the first update (default: by optimizer)")
     add("--lr-min", type=float, default=0.0, help="the smallest rate allowed (default: %(default)s)")
     add("--lr-max", type=float, help="the largest rate allowed (default: by optimizer)")
     add("--epochs", type=int, help="passes over the data (default: by data)")
     add("--batch-size", type=int, help="examples in a step, of all ranks together (default: by data)")
-    add(
-        "--update-every", type=int, default=1, help="steps between updates of the rate (default: %(default)s)"
-    )
+    add("--update-every", type=int, default=1, help="steps between updates of the rate (default: %(default)s)")
     add(
         "--seed",
         type=int,
@@ -113,25 +107,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    recipe = RECIPES[arguments.optimizer]
-    defaults: dict[str, Any] = {
-        "data": DATA_OF_MODEL[arguments.model][0],
-        "parallel": "ddp" if ranks.launched else "none",
-        "lr": recipe.lr,
-        "lr_max": recipe.lr_max,
-    }
-    complete(arguments, defaults)
+    a = arguments
     complete(
-        arguments,
-        {
-            "epochs": EPOCHS[arguments.data],
-            "batch_size": BATCH_SIZE[arguments.data],
-            "output": Path("runs", f"{arguments.model}-{arguments.data}-{arguments.parallel}"),
-        },
+        a,
+        data=DATA_OF_MODEL[a.model][0],
+        optimizer="adamw" if a.model == "gpt" else "sgd",
+        parallel="ddp" if ranks.launched else "none",
+    )
+    recipe = RECIPES[a.optimizer]
+    complete(
+        a,
+        lr=recipe.lr,
+        lr_max=recipe.lr_max,
+        epochs=EPOCHS[a.data],
+        batch_size=BATCH_SIZE[a.data],
+        output=Path("runs", f"{a.model}-{a.data}-{a.parallel}"),
     )
 
 
-def complete(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
+def complete(arguments: argparse.Namespace, **defaults: Any) -> None:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

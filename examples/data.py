@@ -29,8 +29,13 @@ class Dataset:
     classes: int
 
     def to(self, device: torch.device) -> "Dataset":
-        tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
-        return Dataset(*(tensor.to(device) for tensor in tensors), classes=self.classes)
+        return Dataset(
+            self.train_x.to(device),
+            self.train_y.to(device),
+            self.test_x.to(device),
+            self.test_y.to(device),
+            self.classes,
+        )
 
 
 def load(name: str, directory: Path) -> Dataset:

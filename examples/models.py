@@ -58,9 +58,7 @@ def convolution(channels_in: int, channels_out: int) -> nn.Sequential:
 class GPT(nn.Module):
     """Tokens `(batch, time)`, at most `context` of them -> logits `(batch, time, vocabulary)`."""
 
-    def __init__(
-        self, vocabulary: int, context: int = 64, depth: int = 2, width: int = 64, heads: int = 4
-    ) -> None:
+    def __init__(self, vocabulary: int, context: int = 64, depth: int = 2, width: int = 64, heads: int = 4) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)

@@ -96,16 +96,16 @@ class Recorder:
 
     def _record(self, loss: float) -> dict[str, Any]:
         last = self.scheduler.last
-        updated = last is not None and last is not self._seen
+        update = last if last is not self._seen else None
         return {
             "step": len(self.records) + 1,
             "loss": loss,
             "lr": self.scheduler.get_last_lr()[0],
             "lr_min": self.scheduler.lr_min,
             "lr_max": self.scheduler.lr_max,
-            "numerator": last.numerator if updated else None,
-            "denominator": last.denominator if updated else None,
-            "reason": last.reason if updated else None,
+            "numerator": update.numerator if update else None,
+            "denominator": update.denominator if update else None,
+            "reason": update.reason if update else None,
             "seconds": sum(self._seconds.values()),
             "scheduler_seconds": self._seconds["scheduler"],
         }

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 
-EVALUATION_BATCH = 512
+Model = MLP | CNN | GPT
+EVALUATION_BATCH = 512  # examples a rank
 
 
 class Evaluation(NamedTuple):
@@ -46,9 +47,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
     recipe = RECIPES[arguments.optimizer]
 
     # GeN, 1 of 2: an optimizer that shows its direction, and a scheduler that measures the loss along it
-    optimizer = gen.make_gen_optimizer(
-        recipe.optimizer, model.parameters(), lr=arguments.lr, **recipe.options
-    )
+    optimizer = gen.make_gen_optimizer(recipe.optimizer, model.parameters(), lr=arguments.lr, **recipe.options)
     scheduler = gen.GenScheduler(
         optimizer,
         model,
@@ -94,7 +93,7 @@ def criterion(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def build(name: str, dataset: Dataset) -> nn.Module:
+def build(name: str, dataset: Dataset) -> Model:
     example = dataset.train_x[0]
     match name:
         case "mlp":
@@ -105,16 +104,15 @@ def build(name: str, dataset: Dataset) -> nn.Module:
             return GPT(vocabulary=dataset.classes, context=CONTEXT)
 
 
-def parallelize(model: nn.Module, parallel: str, ranks: Ranks) -> nn.Module:
+def parallelize(model: Model, parallel: str, ranks: Ranks) -> nn.Module:
     """Replicas need no wrapper: the weights come from one seed, and the scheduler averages the gradients."""
     match parallel:
         case "ddp":
             return DistributedDataParallel(model)
         case "fsdp2":
             mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            return fully_shard(model, mesh=mesh)
+            for part in [*model.blocks, model]:
+                fully_shard(part, mesh=mesh)
     return model
 
 

@@ -12,8 +12,7 @@ is a derivative that is zero. What an operation does to the derivatives is a rul
 class and what is common to all rules: dispatch, views and writes in place. It works underneath autograd, on the
 operators that every Python or C++ function of PyTorch comes down to, so models need not know of it.
 
-Stop-gradients (`detach`, `torch.no_grad`) are looked through: a jet is the derivative of the values as they are, which
-is what a finite difference of the loss sees too.
+What stops a gradient in autograd (`detach`, `torch.no_grad`) is the business of `jet_mode`, under which models are run.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Jet", "Moving", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
+__all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
 Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
@@ -132,36 +130,6 @@ class Jet(Tensor):
         return _rule(operation)(*args, **(kwargs or {}))
 
 
-class Moving(TorchFunctionMode):
-    """Within it, tensors listed in `table` by identity are replaced by what stands there, wherever they are used.
-
-    The modules themselves stay as they are, and weights that a loss uses outside of them are found too.
-    """
-
-    def __init__(self, table: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.table = table
-
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from gen_dist.jet_rules import RECURRENT
-
-        args, kwargs = self._replaced(args), self._replaced(kwargs or {})
-        if function not in RECURRENT:
-            return function(*args, **kwargs)
-        # Fused recurrent kernels are one operator without a second derivative; unfused, they are elementary ones.
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            return function(*args, **kwargs)
-
-    def _replaced(self, arguments: Any) -> Any:
-        if isinstance(arguments, Tensor):
-            return self.table.get(id(arguments), arguments)
-        if type(arguments) in (tuple, list):
-            return type(arguments)([self._replaced(x) for x in arguments])
-        if type(arguments) is dict:
-            return {key: self._replaced(x) for key, x in arguments.items()}
-        return arguments
-
-
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
     """`(x, x', x'')` of a jet; of anything else `(x, None, None)`."""
     return (x.value, *x.current()) if isinstance(x, Jet) else (x, None, None)
@@ -212,6 +180,10 @@ def _rule(operation: OpOverload) -> Callable[..., Any]:
     from gen_dist import jet_rules
 
     name = jet_rules.name_of(operation)
+    if any(argument.is_out for argument in operation._schema.arguments):
+        return _into_out(operation)
+    if torch.Tag.inplace_view in operation.tags:
+        return _in_place_view(operation)
     if name in jet_rules.RULES:
         return _skipping_constants(operation, jet_rules.RULES[name])
     if name in jet_rules.CONSTANT:
@@ -306,6 +278,36 @@ def _in_place(operation: OpOverload) -> Callable[..., Any]:
         value, *moved = derivatives(functional(target, *args, **kwargs))
         target.value.copy_(value)
         target.write((_like(target.value, moved[0]), _like(target.value, moved[1])))
+        return target
+
+    return apply
+
+
+def _into_out(operation: OpOverload) -> Callable[..., Any]:
+    """`f(..., out=target)` is `target` overwritten by `f(...)`."""
+    functional = operation.overloadpacket
+
+    def apply(*args: Any, out: Any, **kwargs: Any) -> Any:
+        return torch.ops.aten.copy_(out, functional(*args, **kwargs))
+
+    return apply
+
+
+def _in_place_view(operation: OpOverload) -> Callable[..., Any]:
+    """`transpose_` and its like: the tensor becomes a view of itself."""
+    from gen_dist.jet_rules import functional_form
+
+    view = functional_form(operation)
+
+    def apply(target: Jet, *args: Any, **kwargs: Any) -> Jet:
+        if view is None or target._source is not None:
+            raise UnsupportedOperation(operation)
+        velocity, acceleration = target.current()
+        target.value = view(target.value, *args, **kwargs)
+        move = lambda x: view(x, *args, **kwargs)  # noqa: E731
+        target._derivatives = (_apply(move, velocity), _apply(move, acceleration))
+        with torch._C._DisableTorchDispatch():
+            operation(target, *args, **kwargs)  # the shape and strides that PyTorch sees
         return target
 
     return apply

@@ -37,8 +37,6 @@ def name_of(operation: OpOverload) -> str:
     return operation._schema.name.removeprefix("aten::")
 
 
-RECURRENT = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
-
 # Results that do not move with their arguments: booleans, integers, shapes, piecewise constant functions.
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
@@ -130,8 +128,7 @@ def functional_form(operation: OpOverload) -> Callable[..., Any] | None:
     if name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "geometric_"):
         return lambda x, *args, **kwargs: operation(x.value, *args, **kwargs)
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    overload = operation._overloadname
-    return getattr(packet, overload, None) if packet is not None else None
+    return packet if packet is None else getattr(packet, operation._overloadname, packet)
 
 
 def decomposition(operation: OpOverload) -> Callable[..., Any] | None:
@@ -260,6 +257,22 @@ def _addcdiv(_: OpOverload, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
 @rule("lerp")
 def _lerp(_: OpOverload, start: Any, end: Any, weight: Any) -> Any:
     return start + weight * (end - start)
+
+
+@rule("_trilinear")
+def _trilinear(
+    _: OpOverload, a: Any, b: Any, c: Any, expand_a: list[int], expand_b: list[int], expand_c: list[int], sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Any:  # fmt: skip
+    for expand, axes in (("a", expand_a), ("b", expand_b), ("c", expand_c)):
+        for axis in axes:
+            if expand == "a":
+                a = a.unsqueeze(axis)
+            elif expand == "b":
+                b = b.unsqueeze(axis)
+            else:
+                c = c.unsqueeze(axis)
+    return (a * b * c).sum(sumdim)
 
 
 @rule("convolution")

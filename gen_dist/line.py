@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gen_dist import sharding
-from gen_dist.jet import Jet, Moving, derivatives, velocity_only
+from gen_dist.jet import Jet, derivatives, velocity_only
+from gen_dist.jet_mode import JetMode
 from gen_dist.optimizer import Direction
 
 __all__ = ["Batch", "Line"]
@@ -116,7 +117,7 @@ class Line:
             # Buffers too: what the model writes into them may move, and come back into the loss.
             table.update((id(b), Jet(b)) for b in self.model.buffers() if b.is_floating_point())
             try:
-                with Moving(table):
+                with JetMode(table):
                     yield
             finally:
                 sharding.reshard(self.model)

@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers differ as well.
 BLUE, ORANGE, VERMILION, GREY, BLACK = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C", "#222222"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.labelcolor": BLACK,
@@ -63,17 +63,17 @@ def training_figure(records: str | Path | Iterable[Record], lines: Iterable[Line
     if not records:
         raise ValueError("there are no records to draw: give one mapping a step")
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 6 if lines else 3.4), layout="constrained")
-        rows = figure.subfigures(2 if lines else 1, 1, squeeze=False, hspace=0.06)[:, 0]
-        loss_axes, rate_axes = rows[0].subplots(1, 2)
-        _draw_loss(loss_axes, records)
-        _draw_rate(rate_axes, records)
-        if lines:
-            panels = rows[1].subplots(1, len(lines), squeeze=False)[0]
-            for axes, line in zip(panels, lines, strict=True):
-                _draw_line(axes, line)
-            panels[0].set_ylabel("loss of the batch")
-            panels[0].legend()
+        figure = Figure(figsize=(10, 6.2 if lines else 3.2), layout="constrained")
+        width = max(len(lines), 1)
+        grid = figure.add_gridspec(2 if lines else 1, 2 * width, hspace=0.12)
+        _draw_loss(figure.add_subplot(grid[0, :width]), records)
+        _draw_rate(figure.add_subplot(grid[0, width:]), records)
+        for i, line in enumerate(lines):
+            axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
+            _draw_line(axes, line)
+            if i == 0:
+                axes.set_ylabel("loss along the direction")
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -87,7 +87,7 @@ def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     losses = _column(records, "loss")
     axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.8, label="running mean")
-    if min(losses) > 0:
+    if 0 < 20 * min(losses) < max(losses):
         axes.set_yscale("log")
     axes.set(title="Training loss", xlabel="step", ylabel="loss")
     axes.margins(x=0.02)
@@ -96,7 +96,7 @@ def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
 
 def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
     axes.plot(_column(records, "step"), _column(records, "lr"), color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
-    marks = {
+    marks: dict[str, dict[str, Any]] = {
         "accepted": {"marker": "o", "s": 9, "color": BLUE, "linewidth": 0},
         "clamped": {"marker": "^", "s": 22, "color": ORANGE, "linewidth": 0},
         "declined": {"marker": "x", "s": 22, "color": VERMILION, "linewidth": 1.1},
@@ -130,17 +130,17 @@ def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
 
 
 def _draw_line(axes: "Axes", line: Line) -> None:
-    axes.plot(line.learning_rates, line.losses, color=BLUE, linewidth=1.8, label="loss")
+    axes.plot(line.learning_rates, line.losses, color=BLUE, linewidth=1.8, label="true loss")
     axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
     axes.axvline(line.chosen, color=BLACK, linewidth=1, linestyle=":", label="chosen rate")
-    axes.set(title=f"Along the direction, step {line.step:,}", xlabel="learning rate")
+    axes.set(title=f"Step {line.step:,}", xlabel="learning rate")
     lowest, highest = min(*line.losses, *line.parabola), max(line.losses)
     margin = 0.08 * (highest - lowest)
     if 0 < margin < math.inf:
         # A parabola that leaves the loss far behind would flatten everything else.
         axes.set_ylim(lowest - margin, highest + margin)
-    axes.locator_params(axis="x", nbins=5)
-    axes.locator_params(axis="y", nbins=5)
+    axes.ticklabel_format(useOffset=False)
+    axes.locator_params(nbins=5)
 
 
 def _put_legend_beside_title(axes: "Axes") -> None:
@@ -164,7 +164,7 @@ def _column(records: Iterable[Record], name: str) -> list[float]:
     return [math.nan if record[name] is None else record[name] for record in records]
 
 
-def _smoothed(values: Sequence[float], memory: float = 0.95) -> list[float]:
+def _smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
     """The exponentially weighted mean so far, the unfinished weight of its start divided out."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
