@@ -25,9 +25,9 @@ class Recipe:
 
 RECIPES = {
     "sgd": Recipe(torch.optim.SGD, lr=0.05, lr_max=0.5, options={"momentum": 0.9}),
-    "adamw": Recipe(torch.optim.AdamW, lr=1e-3, lr_max=0.05, options={"weight_decay": 0.01}),
-    "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.05),
-    "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.05),
+    "adamw": Recipe(torch.optim.AdamW, lr=1e-3, lr_max=0.02, options={"weight_decay": 0.01}),
+    "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.02),
+    "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.02),
 }
 DATA_OF_MODEL = {
     "mlp": ("digits", "fashion-mnist"),

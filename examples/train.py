@@ -75,7 +75,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
                     loss = criterion(model(x), y)
                     loss.backward()
                 with recorder.timed("scheduler"):
-                    scheduler.step(x, y)  # GeN, 2 of 2: sets the learning rate, on every rank the same
+                    scheduler.step(x, y, loss=loss)  # GeN, 2 of 2: sets the learning rate, on every rank the same
                 recorder.line(model, criterion, optimizer, x, y)
                 with recorder.timed("training"):
                     optimizer.step()

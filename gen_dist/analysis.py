@@ -9,6 +9,7 @@ holds none, the one that it would take with the gradients that are there.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,12 @@ def _line(model: nn.Module, criterion: Criterion, optimizer: Optimizer, x: Any, 
 
 def _direction(optimizer: Optimizer) -> Direction:
     """The held direction, or the one of a step that leaves no trace."""
-    if isinstance(optimizer, GenOptimizer):
-        if optimizer.direction is not None:
-            return optimizer.direction
-        step: Any = optimizer._base_step
-    else:
-        step = optimizer.step
-    state = copy.deepcopy(optimizer.state)
+    if isinstance(optimizer, GenOptimizer) and optimizer.direction is not None:
+        return optimizer.direction
+    state = optimizer.state
+    optimizer.state = defaultdict(dict, {p: copy.deepcopy(of_p) for p, of_p in state.items()})
     try:
-        return measure_direction(optimizer, step)
+        return measure_direction(optimizer)
     finally:
         optimizer.state = state
 

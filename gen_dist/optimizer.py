@@ -59,7 +59,7 @@ class GenOptimizer(Optimizer):
 
         The optimizer's state advances here, exactly once; the current learning rate plays no part.
         """
-        self._direction = measure_direction(self, self._base_step)
+        self._direction = measure_direction(self)
 
     def get_param_update(self, param: Tensor) -> Tensor:
         """The held direction of a parameter, in its shape, dtype and placement (a `DTensor` if it is one).
@@ -83,7 +83,7 @@ class GenOptimizer(Optimizer):
         those that were measured.
         """
         if self._direction is None:
-            return self._base_step(closure) if closure is not None else self._base_step()
+            return _base_step(self, closure)
         if closure is not None:
             raise ValueError(
                 "optimizer.step(closure) while a direction is held: run the closure before scheduler.step(...) and "
@@ -107,13 +107,6 @@ class GenOptimizer(Optimizer):
     def direction(self) -> Direction | None:
         """The held direction."""
         return self._direction
-
-    def _base_step(self, *args: Any) -> Any:
-        # Optimizer hooks are for the step that the user sees, so the wrapper that runs them is taken off here.
-        step: Any = self.base_class.step
-        while getattr(step, "hooked", False):
-            step = step.__wrapped__
-        return step(self, *args)
 
     def __reduce__(self) -> Any:
         return _empty_gen_optimizer, (self.base_class,), self.__getstate__()
@@ -170,8 +163,8 @@ def _empty_gen_optimizer(base: type[Optimizer]) -> GenOptimizer:
 # -------------------------------------------------------------------------------------------- the direction
 
 
-def measure_direction(optimizer: Optimizer, base_step: Callable[[], Any]) -> Direction:
-    """Run `base_step` once at a trial rate; return the direction, with every parameter as it was before."""
+def measure_direction(optimizer: Optimizer) -> Direction:
+    """Step once at a trial rate; return the direction, with every parameter as it was before and the state advanced."""
     ratios = rate_ratios(optimizer)
     direction, before, usual = Direction(), [], []
     with torch.no_grad():
@@ -182,7 +175,7 @@ def measure_direction(optimizer: Optimizer, base_step: Callable[[], Any]) -> Dir
                 before.append([sharding.local(p).clone() for p in parameters])
             usual.append(_exchange_rate(group, _trial_rate(group)))
         try:
-            base_step()
+            _base_step(optimizer)
             for (index, _, parameters, updates), theta in zip(direction, before, strict=True):
                 moved = torch._foreach_sub(theta, [sharding.local(p) for p in parameters])
                 torch._foreach_div_(moved, _trial_rate(optimizer.param_groups[index]))
@@ -193,6 +186,15 @@ def measure_direction(optimizer: Optimizer, base_step: Callable[[], Any]) -> Dir
             for (_, _, parameters, _), theta in zip(direction, before, strict=True):
                 torch._foreach_copy_([sharding.local(p) for p in parameters], theta)
     return direction
+
+
+def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """The step of the optimizer's own class. Its hooks are for the step that the user sees, and are left out."""
+    kind = optimizer.base_class if isinstance(optimizer, GenOptimizer) else type(optimizer)
+    step: Any = kind.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step(optimizer) if closure is None else step(optimizer, closure)
 
 
 def rate_ratios(optimizer: Optimizer) -> list[float]:

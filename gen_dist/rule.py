@@ -33,11 +33,11 @@ def decide(parabola: Quadratic, last: float, lr_min: float, lr_max: float) -> De
     numerator, denominator = -parabola.slope, parabola.curvature
     if not all(map(math.isfinite, parabola)):
         return Decision(kept, NOT_FINITE)
+    if abs(denominator) < parabola.noise:  # then the slope of the same probes means little too
+        return Decision(kept, CURVATURE_IN_ROUNDING)
     if numerator <= 0:
         return Decision(kept, SLOPE_NOT_POSITIVE)
-    if abs(denominator) <= parabola.noise:
-        return Decision(kept, CURVATURE_IN_ROUNDING if parabola.noise > 0 else CURVATURE_NOT_POSITIVE)
-    if denominator < 0:
+    if denominator <= 0:
         return Decision(kept, CURVATURE_NOT_POSITIVE)
     best = numerator / denominator  # inf at worst, which the clamp takes
     lr = min(max(best, lr_min), lr_max)

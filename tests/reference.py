@@ -74,3 +74,36 @@ def train(
         run.losses.append(value)
     run.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return run
+
+
+def finite_differences(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], d: Sequence[Tensor], h: float, probes: int
+) -> tuple[float, float]:
+    """`(g.d, d'Hd)` from the loss at `-h`, `0` and `h` along `theta - a d`; with one probe the slope is the gradient's."""
+    start = [p.detach().clone() for p in parameters]
+
+    def at(a: float) -> float:
+        with torch.no_grad():
+            for p, s, v in zip(parameters, start, d, strict=True):
+                p.copy_(s - a * v)
+            value = loss().item()
+            for p, s in zip(parameters, start, strict=True):
+                p.copy_(s)
+        return value
+
+    if probes == 2:
+        return (at(-h) - at(h)) / (2 * h), (at(h) - 2 * at(0) + at(-h)) / h**2
+    gradient = torch.autograd.grad(loss(), parameters)
+    slope = sum((g * v).sum() for g, v in zip(gradient, d, strict=True)).item()  # type: ignore[union-attr]
+    return slope, 2 * (at(h) - at(0) + h * slope) / h**2
+
+
+def gauss_newton(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], x: Any, y: Tensor, d: Sequence[Tensor]
+) -> tuple[float, ...]:
+    """`(L, g.d, (Jd)' H (Jd))`, `J` the model's Jacobian and `H` the criterion's Hessian in the model's output."""
+    names = [name for name, _ in model.named_parameters()]
+    point, tangent = dict(model.named_parameters()), dict(zip(names, d, strict=True))
+    output, moved = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (point,), (tangent,))
+    leaf = output.detach().requires_grad_()
+    return derivatives(lambda: criterion(leaf, y), [leaf], [moved.detach()])

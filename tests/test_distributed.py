@@ -152,3 +152,283 @@ def test_exact_training_equals_one_process(
     for run in runs:
         assert run.rates == runs[0].rates, "rates must be bitwise equal on all ranks"
         assert_same(run, oracle, 1e-10)
+
+
+# ------------------------------------------------------------------------------------ the other estimators
+
+
+def first_update(kind: str, curvature: str, probes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The first update on ranks, and the same numbers from the reference on the union batch."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    x, y = data()[0]
+    cuts = boundaries(ranks, "equal")
+    here = slice(cuts[rank], cuts[rank + 1])
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes)
+    criterion(model(x[here]), y[here]).backward()
+    scheduler.step(x[here], y[here])
+    assert scheduler.last is not None
+
+    plain = new_model()
+    criterion(plain(x), y).backward()
+    weights = [*plain.parameters()]
+    d = reference.direction(plain, torch.optim.AdamW(weights, lr=1.0))
+    if curvature == "gauss-newton":
+        oracle = reference.gauss_newton(plain, criterion, x, y, d)[1:]
+    else:
+        oracle = reference.finite_differences(lambda: criterion(plain(x), y), weights, d, 1e-2, probes)
+    return (scheduler.last.numerator, scheduler.last.denominator), oracle
+
+
+@pytest.mark.parametrize(("curvature", "probes"), [("gauss-newton", 0), ("forward", 1), ("forward", 2)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_other_estimators_equal_one_process(
+    pool: Callable[[int], Pool], ranks: int, kind: str, curvature: str, probes: int
+) -> None:
+    for seen, oracle in pool(ranks).run(first_update, kind, curvature, probes or 2):
+        assert seen == pytest.approx(oracle, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------- what is communicated
+
+
+def collectives(kind: str, curvature: str, update_every: int) -> list[list[tuple[str, int]]]:
+    """The library's own collectives and their bytes at each of three steps."""
+    from gen_dist import collectives as module
+
+    calls: list[tuple[str, int]] = []
+
+    class Recording:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(dist, name)
+            if not name.startswith("all_"):
+                return function
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls.append((name, args[0].nbytes))
+                return function(*args, **kwargs)
+
+            return call
+
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, update_every=update_every)
+    steps = []
+    module.dist = Recording()  # type: ignore[assignment]
+    try:
+        for x, y in data()[:3]:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            calls.clear()
+            scheduler.step(x, y)
+            steps.append(list(calls))
+            optimizer.step()
+    finally:
+        module.dist = dist
+    return steps
+
+
+@pytest.mark.parametrize("curvature", ["exact", "forward"])
+def test_one_small_reduction_an_update(pool: Callable[[int], Pool], curvature: str) -> None:
+    packed = ("all_reduce", 72)
+    assert pool(2).run(collectives, "ddp", curvature, 2)[0] == [[packed], [], [packed]]
+    # shards: whether every gradient is finite must be agreed upon first
+    assert pool(2).run(collectives, "fsdp2", curvature, 2)[0] == [[("all_reduce", 4), packed], [], [("all_reduce", 4), packed]]  # fmt: skip
+    # replicas: the gradients, in one bucket here, at every step
+    weights = new_model()
+    count = sum(p.numel() for p in weights.parameters()) + len([*weights.parameters()]) + 1
+    bucket = ("all_reduce", 8 * count)
+    assert pool(2).run(collectives, "replica", curvature, 2)[0] == [[bucket, packed], [bucket], [bucket, packed]]
+
+
+def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int) -> list[Tensor | None]:
+    from gen_dist import collectives as module
+
+    rank = dist.get_rank()
+    everywhere, somewhere, nowhere, sparse = (nn.Parameter(torch.ones(3, 2, dtype=dtype)) for _ in range(4))
+    everywhere.grad = torch.full((3, 2), float(rank), dtype=dtype)
+    if rank == 0:
+        somewhere.grad = torch.ones(3, 2, dtype=dtype)
+    index = torch.tensor([[rank]])
+    sparse.grad = torch.sparse_coo_tensor(index, torch.ones(1, 2, dtype=dtype), (3, 2))
+    before = module.BUCKET_ELEMENTS
+    module.BUCKET_ELEMENTS = bucket_elements
+    parameters = [everywhere, somewhere, nowhere, sparse]
+    module.Ranks().average_gradients(parameters, weight_here[rank])
+    module.BUCKET_ELEMENTS = before
+    return [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("bucket_elements", [1, 12, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("weights", "shares"), [([1, 1], [0.5, 0.5]), ([3, 1], [0.75, 0.25]), ([0, 2], [0, 1])])
+def test_gradients_of_replicas_are_averaged_with_their_weights(
+    pool: Callable[[int], Pool], weights: list[float], shares: list[float], dtype: torch.dtype, bucket_elements: int
+) -> None:
+    for everywhere, somewhere, nowhere, sparse in pool(2).run(averaged, dtype, weights, bucket_elements):
+        assert torch.equal(everywhere, torch.full((3, 2), shares[1], dtype=dtype))
+        assert torch.equal(somewhere, torch.full((3, 2), shares[0], dtype=dtype))
+        assert nowhere is None
+        assert torch.equal(sparse, torch.tensor([[shares[0]] * 2, [shares[1]] * 2, [0, 0]], dtype=dtype))
+
+
+# ----------------------------------------------------------------------------------------- one outcome for all
+
+
+def fails_on_one_rank(kind: str, curvature: str) -> str:
+    rank = dist.get_rank()
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
+    x, y = data()[0]
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        if rank == 1:
+            raise OSError("disk full")
+        return criterion(model(x), y)
+
+    criterion(model(x), y).backward()
+    try:
+        scheduler.step(closure=closure)
+    except Exception as error:
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        scheduler.step(x, y)  # training can go on
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("curvature", ["exact", "forward"])
+@pytest.mark.parametrize("kind", ["replica", "ddp"])
+def test_an_error_on_one_rank_is_raised_on_all(pool: Callable[[int], Pool], kind: str, curvature: str) -> None:
+    here, there = pool(2).run(fails_on_one_rank, kind, curvature)
+    assert there == "OSError: disk full"
+    assert here.startswith("RuntimeError")
+    assert "rank 1 (OSError: disk full)" in here
+
+
+def disagrees() -> str:
+    model = new_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=1.0 + dist.get_rank())
+    x, y = data()[0]
+    criterion(model(x), y).backward()
+    try:
+        scheduler.step(x, y)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_disagree_on_settings_are_told(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(disagrees):
+        assert "disagree" in message
+        assert "rank 0: lr_min=0.0, lr_max=1.0" in message
+        assert "rank 1: lr_min=0.0, lr_max=2.0" in message
+
+
+def one_bad_gradient(kind: str) -> tuple[str, float, list[bool]]:
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=0.01)
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    x, y = data()[0]
+    criterion(model(x), y).backward()
+    if dist.get_rank() == 1:  # in this rank's shard, or its copy, alone
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
+    before = [p.detach().clone() for p in model.parameters()]
+    scheduler.step(x, y)
+    optimizer.step()
+    assert scheduler.last is not None
+    same = [torch.equal(getattr(p, "_local_tensor", p), getattr(b, "_local_tensor", b))
+            for p, b in zip(model.parameters(), before, strict=True)]  # fmt: skip
+    return scheduler.last.reason, scheduler.last.lr, same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(pool: Callable[[int], Pool], kind: str) -> None:
+    for reason, lr, same in pool(2).run(one_bad_gradient, kind):
+        assert reason == "not finite"
+        assert lr == 0.01
+        assert all(same)
+
+
+def empty_slice() -> tuple[float, ...]:
+    """Rank 1 has no samples: the mean over none is NaN, and its weight 0."""
+    model = new_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    x, y = data()[0]
+    if dist.get_rank() == 1:
+        x, y = x[:0], y[:0]
+    criterion(model(x), y).backward()
+    scheduler.step(x, y, weight=len(x))
+    assert scheduler.last is not None
+    return scheduler.last[:4]
+
+
+def test_a_rank_without_samples(pool: Callable[[int], Pool]) -> None:
+    model = new_model()
+    x, y = data()[0]
+    criterion(model(x), y).backward()
+    d = reference.direction(model, torch.optim.AdamW(model.parameters()))
+    loss, slope, curvature = reference.derivatives(lambda: criterion(model(x), y), [*model.parameters()], d)
+    for lr, *seen in pool(2).run(empty_slice):
+        assert lr == pytest.approx(slope / curvature, rel=1e-10)
+        assert seen == pytest.approx([slope, curvature, loss], rel=1e-10)
+
+
+def half_of_the_model(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """An optimizer over some parameters, the rest frozen."""
+    inner, plain = new_model(), new_model()
+    for model in (inner, plain):
+        model.embedding.weight.requires_grad_(False)
+        model.blocks[1].norm.requires_grad_(False)
+    model = parallel(inner, kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, [p for p in model.parameters() if p.requires_grad])
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    x, y = data()[0]
+    here = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+    criterion(model(x[here]), y[here]).backward()
+    scheduler.step(x[here], y[here])
+    criterion(plain(x), y).backward()
+    weights = [p for p in plain.parameters() if p.requires_grad]
+    twin = torch.optim.AdamW(weights, lr=1.0)
+    d = [v for v, p in zip(reference.direction(plain, twin), plain.parameters(), strict=True) if p.requires_grad]
+    assert scheduler.last is not None
+    return scheduler.last[1:4], reference.derivatives(lambda: criterion(plain(x), y), weights, d)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_over_part_of_the_model(pool: Callable[[int], Pool], kind: str) -> None:
+    for (numerator, denominator, loss), oracle in pool(2).run(half_of_the_model, kind):
+        assert (loss, numerator, denominator) == pytest.approx(oracle, rel=1e-10)
+
+
+def in_a_subgroup() -> list[float]:
+    """Two pairs of ranks train apart, each in its own group, on its own data."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = dist.get_rank() // 2
+    model = new_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.ExactGen(optimizer, model, criterion, process_group=pairs[pair])
+    for x, y in data()[3 * pair : 3 * pair + 2]:
+        here = slice(8 * (dist.get_rank() % 2), 8 * (dist.get_rank() % 2) + 8)
+        optimizer.zero_grad()
+        criterion(model(x[here]), y[here]).backward()
+        scheduler.step(x[here], y[here])
+        optimizer.step()
+    return scheduler.get_last_lr()
+
+
+def test_process_groups_keep_to_themselves(pool: Callable[[int], Pool]) -> None:
+    a, b, c, d = pool(4).run(in_a_subgroup)
+    assert a == b
+    assert c == d
+    for pair, rates in ((0, a), (1, c)):
+        model = new_model()
+        batches = data()[3 * pair : 3 * pair + 2]
+        run = reference.train(model, criterion, torch.optim.AdamW(model.parameters()), batches)
+        assert rates == pytest.approx(run.rates[-1:], rel=1e-10)

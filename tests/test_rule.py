@@ -25,6 +25,7 @@ TABLE = [
     (2.0, -4.0, 0.0, 0.1, 0.0, 1.0, 0.1, "the direction does not descend"),
     (-2.0, 4.0, 5.0, 0.1, 0.0, 1.0, 0.1, "curvature within rounding"),
     (-2.0, -4.0, 5.0, 0.1, 0.0, 1.0, 0.1, "curvature within rounding"),
+    (2.0, 4.0, 5.0, 0.1, 0.0, 1.0, 0.1, "curvature within rounding"),
     (-2.0, 0.0, 0.0, 3.0, 0.0, 1.0, 1.0, "curvature not positive"),
     (-2.0, NAN, 0.0, 0.1, 0.0, 1.0, 0.1, "not finite"),
     (NAN, 4.0, 0.0, 0.1, 0.0, 1.0, 0.1, "not finite"),
