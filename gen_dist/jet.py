@@ -209,13 +209,18 @@ def _refusal(operation: object, *why: str) -> Callable[..., Any]:
     return refuse
 
 
-def _moving(arguments: Any) -> bool:
-    """Whether any tensor in these (possibly nested) arguments moves."""
-    if isinstance(arguments, Jet):
-        return any(x is not None for x in arguments.current())
-    if isinstance(arguments, (list, tuple)):
-        return any(_moving(x) for x in arguments)
-    return isinstance(arguments, dict) and any(_moving(x) for x in arguments.values())
+def _settled(argument: Any) -> Any:
+    """An argument with every jet that stands still replaced by its value; lists and tuples are looked into."""
+    kind = type(argument)
+    if kind is Jet:
+        velocity, acceleration = argument.current()
+        return argument.value if velocity is None and acceleration is None else argument
+    return [_settled(x) for x in argument] if kind is list or kind is tuple else argument
+
+
+def _moves(argument: Any) -> bool:
+    """Whether a settled argument holds a jet."""
+    return type(argument) is Jet or (type(argument) is list and any(type(x) is Jet for x in argument))
 
 
 def _values(arguments: Any) -> Any:
@@ -223,13 +228,14 @@ def _values(arguments: Any) -> Any:
 
 
 def _skipping_constants(operation: OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Rules see no jet that stands still: it is replaced by its value, and where none moves nothing is derived."""
+    """Rules see no jet that stands still, and where none moves nothing is derived."""
 
     def apply(*args: Any, **kwargs: Any) -> Any:
-        if not _moving(args) and not _moving(kwargs):
-            return operation(*_values(args), **_values(kwargs))
-        args = tree_map_only(Jet, lambda jet: jet if _moving(jet) else jet.value, args)
-        return rule(operation, *args, **kwargs)
+        settled = [_settled(x) for x in args]
+        kwargs = {key: _settled(x) for key, x in kwargs.items()}
+        if any(map(_moves, settled)) or any(map(_moves, kwargs.values())):
+            return rule(operation, *settled, **kwargs)
+        return operation(*settled, **kwargs)
 
     return apply
 
@@ -265,13 +271,16 @@ def _in_place(operation: OpOverload) -> Callable[..., Any]:
     functional = jet_rules.functional_form(operation)
 
     def apply(target: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(_settled(x) for x in args)
+        kwargs = {key: _settled(x) for key, x in kwargs.items()}
+        moves = any(map(_moves, args)) or any(map(_moves, kwargs.values()))
         if not isinstance(target, Jet):
-            if _moving(args) or _moving(kwargs):
+            if moves:
                 why = "writes a value that depends on the parameters into a tensor made outside the model"
                 raise UnsupportedOperation(operation, why)
-            return operation(target, *_values(args), **_values(kwargs))
-        if not _moving(target) and not _moving(args) and not _moving(kwargs):
-            operation(target.value, *_values(args), **_values(kwargs))
+            return operation(target, *args, **kwargs)
+        if not moves and type(_settled(target)) is not Jet:
+            operation(target.value, *args, **kwargs)
             return target
         if functional is None:
             raise UnsupportedOperation(operation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,24 +165,23 @@ def _add(operation: OpOverload, x: Any, y: Any, alpha: Any = 1) -> Any:
     return as_jet(value, _plus(x1, _scaled(y1, factor)), _plus(x2, _scaled(y2, factor)))
 
 
-def _bilinear(product: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Any, Any, Any]:
-    """The three derivatives of a product; terms with a zero factor are left out."""
+def _moved_product(product: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Velocity and acceleration of a product; terms with a zero factor are left out."""
     (x0, x1, x2), (w0, w1, w2) = derivatives(x), derivatives(w)
 
     def total(*terms: tuple[int, Any, Any]) -> Tensor | None:
         result = None
         for factor, a, b in terms:
-            if a is None or b is None:
-                continue
-            term = product(a, b)
-            if result is None:
-                result = term if factor == 1 else term.mul_(factor)
-            else:
-                result = result.add_(term, alpha=factor)
+            if a is not None and b is not None:
+                term = product(a, b)
+                if result is not None:
+                    result.add_(term, alpha=factor)
+                else:
+                    result = term if factor == 1 else term.mul_(factor)
         return result
 
     acceleration = total((2, x1, w1), (1, x2, w0), (1, x0, w2)) if wants_acceleration() else None
-    return product(x0, w0), total((1, x1, w0), (1, x0, w1)), acceleration
+    return total((1, x1, w0), (1, x0, w1)), acceleration
 
 
 @rule("mul")
@@ -228,17 +227,16 @@ def _div(operation: OpOverload, x: Any, y: Any, *, rounding_mode: str | None = N
 
 @rule("mm", "bmm", "dot", "mv", "vdot")
 def _matrix_product(operation: OpOverload, x: Any, w: Any) -> Any:
-    return as_jet(*_bilinear(operation, x, w))
+    return as_jet(operation(derivatives(x)[0], derivatives(w)[0]), *_moved_product(operation, x, w))
 
 
 @rule("addmm", "baddbmm", "addmv", "addr")
 def _added_product(operation: OpOverload, bias: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     product = {"addmm": aten.mm, "baddbmm": aten.bmm, "addmv": aten.mv, "addr": aten.outer}[name_of(operation)]
-    _, velocity, acceleration = _bilinear(product, x, w)
+    velocity, acceleration = _moved_product(product, x, w)
     b0, b1, b2 = derivatives(bias)
-    value = operation(b0, derivatives(x)[0], derivatives(w)[0], beta=beta, alpha=alpha)
     return as_jet(
-        value,
+        operation(b0, derivatives(x)[0], derivatives(w)[0], beta=beta, alpha=alpha),
         _plus(_scaled(velocity, alpha), _scaled(b1, beta)),
         _plus(_scaled(acceleration, alpha), _scaled(b2, beta)),
     )
@@ -277,10 +275,11 @@ def _trilinear(
 
 @rule("convolution")
 def _convolution(operation: OpOverload, x: Any, w: Any, bias: Any, *settings: Any) -> Any:
-    value, velocity, acceleration = _bilinear(lambda a, b: operation(a, b, None, *settings), x, w)
+    (b0, b1, b2), x0, w0 = derivatives(bias), derivatives(x)[0], derivatives(w)[0]
+    value = operation(x0, w0, b0, *settings)
+    velocity, acceleration = _moved_product(lambda a, b: operation(a, b, None, *settings), x, w)
     for_channels = (1, -1) + (1,) * (value.dim() - 2)
-    b0, b1, b2 = (None if b is None else b.view(for_channels) for b in derivatives(bias))
-    value = value if b0 is None else value.add_(b0)
+    b1, b2 = (None if b is None else b.view(for_channels) for b in (b1, b2))
     return as_jet(value, _plus(velocity, b1), _plus(acceleration, b2))
 
 
@@ -362,161 +361,156 @@ def _native_dropout(operation: OpOverload, x: Any, p: float, train: bool | None)
 # --------------------------------------------------------------------------------- elementwise functions
 
 
-def _elementwise(value: Tensor, first: Any, second: Any, x1: Any, x2: Any) -> Any:
-    """`f(x)` from `f'` and `f''` at `x0`: `f' x1` and `f'' x1^2 + f' x2`; `second` None where `f'' = 0`."""
-    velocity = _times(first, x1)
+class Elementwise(NamedTuple):
+    """Derivatives of `f(x, *arguments)`; functions get `x0`, `f(x0)` and the arguments.
+
+    `tangent(v, x, y, ...)` is `f'(x) v`: since the Jacobian is diagonal, the fused kernels that autograd has for its
+    backward pass serve. Without one, `first(x, y, ...)` is `f'(x)`. `second` is `f''(x)`, None where that is zero.
+    """
+
+    tangent: Callable[..., Tensor] | None = None
+    first: Callable[..., Tensor] | None = None
+    second: Callable[..., Tensor] | None = None
+
+
+def _chain(value: Tensor, tangent: Callable[[Tensor], Tensor], second: Callable[[], Tensor] | None, x: Jet) -> Any:
+    """`f(x)`: velocity `f' x1`, acceleration `f'' x1^2 + f' x2`."""
+    _, x1, x2 = derivatives(x)
     acceleration = None
     if wants_acceleration():
-        acceleration = _times(first, x2)
+        acceleration = None if x2 is None else tangent(x2)
         if second is not None and x1 is not None:
-            bend = second * x1 * x1
-            acceleration = bend if acceleration is None else acceleration.add_(bend)
-    return as_jet(value, velocity, acceleration)
+            bend = second()
+            acceleration = bend * x1 * x1 if acceleration is None else torch.addcmul(acceleration, bend * x1, x1)
+    return as_jet(value, None if x1 is None else tangent(x1), acceleration)
 
 
-def _unary(name: str, slopes: Callable[..., tuple[Any, Any]]) -> None:
-    """Register `f(x, *args)` by `slopes(x0, f(x0), *args) -> (f', f'')`."""
-
+def _register_elementwise(name: str, f: Elementwise) -> None:
     def apply(operation: OpOverload, x: Any, *args: Any, **kwargs: Any) -> Any:
-        x0, x1, x2 = derivatives(x)
-        if any(isinstance(argument, Jet) for argument in args):
+        if not isinstance(x, Jet) or any(isinstance(argument, Jet) for argument in args):
             raise UnsupportedOperation(operation, "has a moving argument besides its first one")
-        value = operation(x0, *args, **kwargs)
-        return _elementwise(value, *slopes(x0, value, *args, **kwargs), x1, x2)
+        x0 = x.value
+        y = operation(x0, *args, **kwargs)
+        second = None if f.second is None else lambda: f.second(x0, y, *args, **kwargs)  # type: ignore[misc]
+        if f.tangent is not None:
+            return _chain(y, lambda v: f.tangent(v, x0, y, *args, **kwargs), second, x)  # type: ignore[misc]
+        assert f.first is not None
+        slope = f.first(x0, y, *args, **kwargs)
+        return _chain(y, lambda v: slope * v, second, x)
 
     RULES[name] = apply
 
 
-def _normal_density(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _gelu(x: Tensor, y: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
-    if approximate == "none":
-        density = _normal_density(x)
-        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, (2 - x * x) * density
+def _gelu_bend(x: Tensor, y: Tensor, *, approximate: str = "none") -> Tensor:
+    square = x * x
+    if approximate == "none":  # (2 - x^2) times the normal density
+        density = torch.exp(-0.5 * square).mul_(1 / math.sqrt(2 * math.pi))
+        return density.mul_(square.neg_().add_(2))
     # y = x s(u), s the logistic function, u = 2 sqrt(2/pi) (x + 0.044715 x^3)
     c = 2 * math.sqrt(2 / math.pi)
-    square = x * x
     s = torch.sigmoid(c * x * (1 + 0.044715 * square))
     u1, u2 = c * (1 + 3 * 0.044715 * square), (c * 6 * 0.044715) * x
-    s1 = s * (1 - s)
-    return s + x * s1 * u1, s1 * (2 * u1 + x * (u2 + u1 * u1 * (1 - 2 * s)))
+    return s * (1 - s) * (2 * u1 + x * (u2 + u1 * u1 * (1 - 2 * s)))
 
 
-def _silu(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_bend(x: Tensor, y: Tensor) -> Tensor:
     s = torch.sigmoid(x)
-    s1 = s * (1 - s)
-    return s + x * s1, s1 * (2 + x * (1 - 2 * s))
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
-def _sigmoid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    first = y * (1 - y)
-    return first, first * (1 - 2 * y)
-
-
-def _tanh(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    first = 1 - y * y
-    return first, -2 * y * first
-
-
-def _softplus(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> tuple[Tensor, Tensor]:
+def _softplus_bend(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     s = torch.sigmoid(beta * x)
-    straight = beta * x > threshold
-    return s.masked_fill(straight, 1), (beta * s * (1 - s)).masked_fill(straight, 0)
+    return (beta * s * (1 - s)).masked_fill_(beta * x > threshold, 0)
 
 
-def _mish(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _mish_bend(x: Tensor, y: Tensor) -> Tensor:
     t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
-    t1 = (1 - t * t) * s
-    t2 = (1 - t * t) * s * (1 - s) - 2 * t * t1 * s
-    return t + x * t1, 2 * t1 + x * t2
+    flat = 1 - t * t
+    t1 = flat * s
+    return 2 * t1 + x * (t1 * (1 - s) - 2 * t * t1 * s)
 
 
-def _elu(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> tuple[Tensor, Tensor]:
-    bent = (alpha * scale * input_scale) * torch.exp(input_scale * x)
-    return torch.where(x > 0, scale, bent), torch.where(x > 0, 0.0, input_scale * bent)
+def _elu_bend(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return torch.where(x > 0, 0.0, (alpha * scale * input_scale**2) * torch.exp(input_scale * x)).to(x.dtype)
 
 
-def _celu(x: Tensor, y: Tensor, alpha: float = 1) -> tuple[Tensor, Tensor]:
-    bent = torch.exp(x / alpha)
-    return torch.where(x > 0, 1.0, bent), torch.where(x > 0, 0.0, bent / alpha)
-
-
-def _hardswish(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    middle = (x > -3) & (x < 3)
-    return torch.where(middle, x / 3 + 0.5, (x >= 3).to(x.dtype)), middle.to(x.dtype) / 3
-
-
-def _clamp(x: Tensor, y: Tensor, low: Any = None, high: Any = None) -> tuple[Tensor, None]:
+def _inside(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     inside = torch.ones_like(x, dtype=torch.bool)
     for bound, beyond in ((low, torch.lt), (high, torch.gt)):
         if bound is not None:
             inside &= ~beyond(x, bound)
-    return inside.to(x.dtype), None
+    return inside.to(x.dtype)
 
 
-def _power(x: Tensor, y: Tensor, exponent: Any) -> tuple[Any, Any]:
-    if exponent == 0:
-        return torch.zeros_like(x), None
-    if exponent == 1:
-        return torch.ones_like(x), None
-    if exponent == 2:
-        return 2 * x, torch.full_like(x, 2)
-    first = exponent * torch.pow(x, exponent - 1)
-    return first, exponent * (exponent - 1) * torch.pow(x, exponent - 2)
+def _power(x: Tensor, exponent: Any) -> Tensor:
+    return torch.zeros_like(x) if exponent == 0 else exponent * torch.pow(x, exponent - 1)
 
 
-def _step(x: Tensor, condition: Tensor) -> tuple[Tensor, None]:
-    return condition.to(x.dtype), None
+_LN2, _LN10, _ERF = math.log(2), math.log(10), 2 / math.sqrt(math.pi)
 
-
-_SLOPES: dict[str, Callable[..., tuple[Any, Any]]] = {
-    "relu": lambda x, y: _step(x, x > 0),
-    "leaky_relu": lambda x, y, slope=0.01: (torch.where(x > 0, 1.0, slope).to(x.dtype), None),
-    "threshold": lambda x, y, threshold, value: _step(x, x > threshold),
-    "hardtanh": lambda x, y, low=-1, high=1: _step(x, (x > low) & (x < high)),
-    "hardsigmoid": lambda x, y: (((x > -3) & (x < 3)).to(x.dtype) / 6, None),
-    "hardshrink": lambda x, y, limit=0.5: _step(x, x.abs() > limit),
-    "softshrink": lambda x, y, limit=0.5: _step(x, x.abs() > limit),
-    "hardswish": _hardswish,
-    "clamp": _clamp,
-    "clamp_min": lambda x, y, low: _clamp(x, y, low),
-    "clamp_max": lambda x, y, high: _clamp(x, y, None, high),
-    "abs": lambda x, y: (torch.sign(x), None),
-    "gelu": _gelu,
-    "silu": _silu,
-    "sigmoid": _sigmoid,
-    "tanh": _tanh,
-    "softplus": _softplus,
-    "mish": _mish,
-    "elu": _elu,
-    "celu": _celu,
-    "exp": lambda x, y: (y, y),
-    "exp2": lambda x, y: (y * math.log(2), y * math.log(2) ** 2),
-    "expm1": lambda x, y: (y + 1, y + 1),
-    "log": lambda x, y: (1 / x, -1 / (x * x)),
-    "log2": lambda x, y: (1 / (x * math.log(2)), -1 / (x * x * math.log(2))),
-    "log10": lambda x, y: (1 / (x * math.log(10)), -1 / (x * x * math.log(10))),
-    "log1p": lambda x, y: (1 / (1 + x), -1 / (1 + x).square()),
-    "sqrt": lambda x, y: (0.5 / y, -0.25 / (y * x)),
-    "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / (x * x)),
-    "reciprocal": lambda x, y: (-y * y, 2 * y * y * y),
-    "pow": _power,
-    "sin": lambda x, y: (torch.cos(x), -y),
-    "cos": lambda x, y: (-torch.sin(x), -y),
-    "tan": lambda x, y: (1 + y * y, 2 * y * (1 + y * y)),
-    "sinh": lambda x, y: (torch.cosh(x), y),
-    "cosh": lambda x, y: (torch.sinh(x), y),
-    "atan": lambda x, y: (1 / (1 + x * x), -2 * x / (1 + x * x).square()),
-    "erf": lambda x, y: (
-        (2 / math.sqrt(math.pi)) * torch.exp(-x * x),
-        (-4 / math.sqrt(math.pi)) * x * torch.exp(-x * x),
+ELEMENTWISE: dict[str, Elementwise] = {
+    # with corners: straight pieces
+    "relu": Elementwise(tangent=lambda v, x, y: aten.threshold_backward(v, x, 0)),
+    "leaky_relu": Elementwise(tangent=lambda v, x, y, slope=0.01: aten.leaky_relu_backward(v, x, slope, False)),
+    "threshold": Elementwise(tangent=lambda v, x, y, limit, fill: aten.threshold_backward(v, x, limit)),
+    "hardtanh": Elementwise(tangent=lambda v, x, y, low=-1, high=1: aten.hardtanh_backward(v, x, low, high)),
+    "hardshrink": Elementwise(tangent=lambda v, x, y, limit=0.5: aten.hardshrink_backward(v, x, limit)),
+    "softshrink": Elementwise(tangent=lambda v, x, y, limit=0.5: aten.softshrink_backward(v, x, limit)),
+    "abs": Elementwise(first=lambda x, y: torch.sign(x)),
+    "clamp": Elementwise(first=lambda x, y, low=None, high=None: _inside(x, low, high)),
+    "clamp_min": Elementwise(first=lambda x, y, low: _inside(x, low)),
+    "clamp_max": Elementwise(first=lambda x, y, high: _inside(x, None, high)),
+    "hardsigmoid": Elementwise(first=lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) / 6),
+    "hardswish": Elementwise(
+        first=lambda x, y: torch.where((x > -3) & (x < 3), x / 3 + 0.5, (x >= 3).to(x.dtype)),
+        second=lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) / 3,
     ),
-    "lgamma": lambda x, y: (torch.digamma(x), torch.polygamma(1, x)),
+    # activations
+    "gelu": Elementwise(tangent=lambda v, x, y, **how: aten.gelu_backward(v, x, **how), second=_gelu_bend),
+    "silu": Elementwise(tangent=lambda v, x, y: aten.silu_backward(v, x), second=_silu_bend),
+    "sigmoid": Elementwise(
+        tangent=lambda v, x, y: aten.sigmoid_backward(v, y), second=lambda x, y: y * (1 - y) * (1 - 2 * y)
+    ),
+    "tanh": Elementwise(tangent=lambda v, x, y: aten.tanh_backward(v, y), second=lambda x, y: -2 * y * (1 - y * y)),
+    "softplus": Elementwise(
+        tangent=lambda v, x, y, beta=1, limit=20: aten.softplus_backward(v, x, beta, limit), second=_softplus_bend
+    ),
+    "mish": Elementwise(tangent=lambda v, x, y: aten.mish_backward(v, x), second=_mish_bend),
+    "elu": Elementwise(
+        tangent=lambda v, x, y, alpha=1, scale=1, inner=1: aten.elu_backward(v, alpha, scale, inner, False, x),
+        second=_elu_bend,
+    ),
+    "celu": Elementwise(
+        tangent=lambda v, x, y, alpha=1: aten.elu_backward(v, alpha, 1, 1 / alpha, False, x),
+        second=lambda x, y, alpha=1: _elu_bend(x, y, alpha, 1, 1 / alpha),
+    ),
+    # elementary functions
+    "exp": Elementwise(first=lambda x, y: y, second=lambda x, y: y),
+    "exp2": Elementwise(first=lambda x, y: y * _LN2, second=lambda x, y: y * _LN2**2),
+    "expm1": Elementwise(first=lambda x, y: y + 1, second=lambda x, y: y + 1),
+    "log": Elementwise(first=lambda x, y: 1 / x, second=lambda x, y: -1 / (x * x)),
+    "log2": Elementwise(first=lambda x, y: 1 / (x * _LN2), second=lambda x, y: -1 / (x * x * _LN2)),
+    "log10": Elementwise(first=lambda x, y: 1 / (x * _LN10), second=lambda x, y: -1 / (x * x * _LN10)),
+    "log1p": Elementwise(first=lambda x, y: 1 / (1 + x), second=lambda x, y: -1 / (1 + x).square()),
+    "sqrt": Elementwise(first=lambda x, y: 0.5 / y, second=lambda x, y: -0.25 / (y * x)),
+    "rsqrt": Elementwise(first=lambda x, y: -0.5 * y / x, second=lambda x, y: 0.75 * y / (x * x)),
+    "reciprocal": Elementwise(first=lambda x, y: -y * y, second=lambda x, y: 2 * y * y * y),
+    "pow": Elementwise(
+        first=lambda x, y, n: _power(x, n), second=lambda x, y, n: torch.zeros_like(x) if n == 1 else n * _power(x, n - 1)
+    ),
+    "sin": Elementwise(first=lambda x, y: torch.cos(x), second=lambda x, y: -y),
+    "cos": Elementwise(first=lambda x, y: -torch.sin(x), second=lambda x, y: -y),
+    "tan": Elementwise(first=lambda x, y: 1 + y * y, second=lambda x, y: 2 * y * (1 + y * y)),
+    "sinh": Elementwise(first=lambda x, y: torch.cosh(x), second=lambda x, y: y),
+    "cosh": Elementwise(first=lambda x, y: torch.sinh(x), second=lambda x, y: y),
+    "atan": Elementwise(first=lambda x, y: 1 / (1 + x * x), second=lambda x, y: -2 * x / (1 + x * x).square()),
+    "erf": Elementwise(
+        first=lambda x, y: _ERF * torch.exp(-x * x), second=lambda x, y: -2 * _ERF * x * torch.exp(-x * x)
+    ),
+    "lgamma": Elementwise(first=lambda x, y: torch.digamma(x), second=lambda x, y: torch.polygamma(1, x)),
 }
-for _name, _slopes in _SLOPES.items():
-    _unary(_name, _slopes)
+for _name, _function in ELEMENTWISE.items():
+    _register_elementwise(_name, _function)
 _scalar_power = RULES["pow"]
 
 
@@ -528,11 +522,10 @@ def _pow(operation: OpOverload, base: Any, exponent: Any) -> Any:
 
 
 @rule("log_sigmoid_forward")
-def _log_sigmoid(operation: OpOverload, x: Any) -> Any:
-    x0, x1, x2 = derivatives(x)
-    value, buffer = operation(x0)
-    s = torch.sigmoid(-x0)
-    return _elementwise(value, s, -s * (1 - s), x1, x2), buffer
+def _log_sigmoid(operation: OpOverload, x: Jet) -> Any:
+    value, buffer = operation(x.value)
+    s = torch.sigmoid(-x.value)
+    return _chain(value, lambda v: s * v, lambda: -s * (1 - s), x), buffer
 
 
 @rule("_prelu_kernel")
@@ -736,10 +729,12 @@ def _sum(x: Any, dims: list[int], keepdim: bool) -> Any:
 
 def _root(x: Any) -> Any:
     """Square root whose derivatives at zero are zero, as autograd has it for norms."""
-    x0, x1, x2 = derivatives(x)
-    value = torch.sqrt(x0)
-    first, second = (d.masked_fill(x0 == 0, 0) for d in (0.5 / value, -0.25 / (value * x0)))
-    return _elementwise(value, first, second, x1, x2)
+    if not isinstance(x, Jet):
+        return torch.sqrt(x)
+    y = torch.sqrt(x.value)
+    at_zero = x.value == 0
+    slope = (0.5 / y).masked_fill_(at_zero, 0)
+    return _chain(y, lambda v: slope * v, lambda: (-0.25 / (y * x.value)).masked_fill_(at_zero, 0), x)
 
 
 # --------------------------------------------------------------------------------------------- attention
@@ -772,62 +767,99 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
 # ----------------------------------------------------------------------------------------- normalisation
 
 
-def _normalised(x: Any, dims: list[int], eps: float, count: int | None = None) -> Any:
-    """`(x - mean) / sqrt(var + eps)` over dimensions."""
-    x0, x1, x2 = derivatives(x)
-    c0, c1, c2 = (None if d is None else d - d.mean(dims, keepdim=True) for d in (x0, x1, x2))
+def _normalised(
+    x: Jet, n0: Tensor, rstd: Tensor, eps: float, tangent: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor]
+) -> Any:
+    """The jet of `n = (x - E x) / sqrt(var x + eps)` from its value `n0` and `rstd = 1 / sqrt(var x0 + eps)`.
 
-    def mean(a: Tensor) -> Tensor:
-        return a.mean(dims, keepdim=True)
+    `tangent(v)` is `J v`, with the Jacobian at `x0`: it is symmetric, so the backward kernel computes it. `mean` is `E`,
+    over what is normalised together. Differentiating twice, with `h = rstd E[n0 x1]`,
 
-    r0 = torch.rsqrt(mean(c0 * c0) + eps)
-    n0 = c0 * r0
-    # v' = 2 E c0 c1, and with r = v^(-1/2): r'/r = -v' / 2v, r''/r = 3 (v'/2v)^2 - v''/2v
-    half_v1 = None if c1 is None else mean(n0 * c1) * r0  # v'/2v
-    n1 = None if c1 is None else (c1 * r0).sub_(n0 * half_v1)
+        n1 = J x1        n2 = J x2 - 2 h n1 - (E[n1^2] + eps rstd^2 h^2) n0
+    """
+    _, x1, x2 = derivatives(x)
+    n1 = None if x1 is None else tangent(x1)
     n2 = None
-    if wants_acceleration() and (c1 is not None or c2 is not None):
-        half_v2 = torch.zeros_like(r0)  # v''/2v
-        if c1 is not None:
-            half_v2 = half_v2 + mean(c1 * c1) * (r0 * r0)
-        if c2 is not None:
-            half_v2 = half_v2 + mean(n0 * c2) * r0
-        ratio = -half_v2 if half_v1 is None else 3 * half_v1 * half_v1 - half_v2  # r''/r
-        n2 = n0 * ratio
-        if c1 is not None:
-            n2.sub_(c1 * (2 * r0 * half_v1))
-        if c2 is not None:
-            n2.add_(c2 * r0)
+    if wants_acceleration():
+        n2 = None if x2 is None else tangent(x2)
+        if n1 is not None:
+            h = mean(n0 * x1).mul_(rstd)
+            size = mean(n1 * n1).add_(eps * rstd * rstd * h * h)
+            bend = torch.mul(n1, -2 * h) if n2 is None else torch.addcmul(n2, n1, h, value=-2)
+            n2 = bend.addcmul_(n0, size, value=-1)
     return as_jet(n0, n1, n2)
 
 
-def _affine(x: Any, weight: Any, bias: Any) -> Any:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
+def _affine(n: Any, weight: Any, bias: Any) -> Any:
+    """`n w + b`, in one pass a term."""
+    (n0, n1, n2), (w0, w1, w2), (b0, b1, b2) = derivatives(n), derivatives(weight), derivatives(bias)
+    if w0 is None:
+        return n if b0 is None else n + bias
+
+    def total(constant: Tensor | None, *terms: tuple[int, Any, Any]) -> Tensor | None:
+        result = constant
+        for factor, a, b in terms:
+            if a is None or b is None:
+                continue
+            if result is None:
+                result = a * b if factor == 1 else a * (factor * b)
+            elif result is constant:
+                result = torch.addcmul(result, a, b, value=factor)
+            else:
+                result.addcmul_(a, b, value=factor)
+        return result
+
+    value = total(b0, (1, n0, w0))
+    assert value is not None
+    acceleration = total(b2, (1, n2, w0), (2, n1, w1), (1, n0, w2)) if wants_acceleration() else None
+    return as_jet(value, total(b1, (1, n1, w0), (1, n0, w1)), acceleration)
 
 
 @rule("native_layer_norm")
-def _layer_norm(
-    operation: OpOverload, x: Any, shape: list[int], weight: Any, bias: Any, eps: float
-) -> tuple[Any, None, None]:
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    return _affine(_normalised(x, dims, eps), weight, bias), _unused(), _unused()
+def _layer_norm(_: OpOverload, x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
+    normal = x
+    if isinstance(x, Jet):
+        x0, dims = x.value, list(range(x.dim() - len(shape), x.dim()))
+        n0, mean, rstd = aten.native_layer_norm(x0, shape, None, None, eps)
+        mask = [True, False, False]
+        normal = _normalised(
+            x,
+            n0,
+            rstd,
+            eps,
+            lambda v: aten.native_layer_norm_backward(v.contiguous(), x0, shape, mean, rstd, None, None, mask)[0],
+            lambda a: a.mean(dims, keepdim=True),
+        )
+    else:
+        normal = aten.native_layer_norm(x, shape, None, None, eps)[0]
+    return _affine(normal, weight, bias), _unused(), _unused()
 
 
 @rule("native_group_norm")
 def _group_norm(
-    operation: OpOverload,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    n: int,
-    channels: int,
-    positions: int,
-    groups: int,
-    eps: float,
+    _: OpOverload, x: Any, weight: Any, bias: Any, n: int, channels: int, positions: int, groups: int, eps: float
 ) -> Any:
-    normal = _normalised(x.reshape(n, groups, -1), [2], eps).reshape(x.shape)
-    return _affine(normal, *(_for_channels(p, x.dim()) for p in (weight, bias))), _unused(), _unused()
+    x0, sizes = derivatives(x)[0].contiguous(), (n, channels, positions, groups)
+    n0, mean, rstd = aten.native_group_norm(x0, None, None, *sizes, eps)
+    normal: Any = n0
+    if isinstance(x, Jet):
+        spread = (n, groups, 1)
+
+        def for_elements(statistic: Tensor) -> Tensor:
+            per_channel = statistic.expand(n, groups, channels // groups)
+            return per_channel.reshape(n, channels, *(1 for _ in x0.shape[2:]))
+
+        normal = _normalised(
+            x,
+            n0,
+            for_elements(rstd.view(spread)),
+            eps,
+            lambda v: aten.native_group_norm_backward(
+                v.contiguous(), x0, mean, rstd, None, *sizes, [True, False, False]
+            )[0],
+            lambda a: for_elements(a.reshape(n, groups, -1).mean(2, keepdim=True)),
+        )
+    return _affine(normal, *(_for_channels(p, x0.dim()) for p in (weight, bias))), _unused(), _unused()
 
 
 def _unused() -> Any:
@@ -839,40 +871,31 @@ def _for_channels(parameter: Any, dim: int) -> Any:
     return None if parameter is None else parameter.reshape((-1,) + (1,) * (dim - 2))
 
 
-def _batch_norm(
-    operation: OpOverload,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    x0 = derivatives(x)[0]
-    per_channel = [_for_channels(p, x.dim()) for p in (weight, bias)]
-    if training:
-        # The operator itself moves the running statistics, as in a plain forward pass.
-        still = (derivatives(p)[0] for p in (weight, bias))
-        arguments = (x0, *still, running_mean, running_var, training, momentum, eps)
-        results = operation(*arguments)
-        normal = _normalised(x, [0, *range(2, x.dim())], eps)
-        return _affine(normal, *per_channel), *results[1:]
-    scale = torch.rsqrt(_for_channels(running_var, x.dim()) + eps)
-    normal = (x - _for_channels(running_mean, x.dim())) * scale
-    extra = len(operation._schema.returns) - 1
-    return (_affine(normal, *per_channel), *(_unused() for _ in range(extra)))
-
-
 @rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
-def _native_batch_norm(operation: OpOverload, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+def _batch_norm(operation: OpOverload, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
     if operation._overloadname == "no_stats":
-        training, momentum, eps = rest
-        normal = _normalised(x, [0, *range(2, x.dim())], eps)
-        parameters = (_for_channels(p, x.dim()) for p in (weight, bias))
-        return _affine(normal, *parameters), _unused(), _unused()
-    return _batch_norm(operation, x, weight, bias, *rest)
+        rest = (None, None, *rest)
+    running_mean, running_var, training, momentum, eps = rest
+    x0, dim = derivatives(x)[0], x.dim()
+    parameters = [_for_channels(p, dim) for p in (weight, bias)]
+    # The operator itself moves the running statistics, as in a plain forward pass.
+    n0, mean, rstd = aten.native_batch_norm(x0, None, None, running_mean, running_var, training, momentum, eps)
+    normal: Any = n0
+    if isinstance(x, Jet) and training:
+        mask = [True, False, False]
+        normal = _normalised(
+            x,
+            n0,
+            _for_channels(rstd, dim),
+            eps,
+            lambda v: aten.native_batch_norm_backward(v, x0, None, None, None, mean, rstd, True, eps, mask)[0],
+            lambda a: a.mean([0, *range(2, dim)], keepdim=True).squeeze(0),
+        )
+    elif isinstance(x, Jet):
+        scale = _for_channels(torch.rsqrt(running_var + eps), dim)
+        normal = as_jet(n0, *(None if d is None else d * scale for d in x.current()))
+    unseen = (_unused() for _ in operation._schema.returns[1:])
+    return (_affine(normal, *parameters), *unseen)
 
 
 @rule("_fused_rms_norm")

@@ -152,9 +152,7 @@ class GenScheduler(LRScheduler):
     def _gradients_are_finite(self, parameters: list[Tensor]) -> bool:
         """NaN or infinity in any gradient must not enter the optimizer's state. Shards need the other ranks' word."""
         gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
-        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        sizes = torch._foreach_norm([g for g in gradients if g.numel()], math.inf)
-        bad = ~torch.isfinite(torch.stack([size.float() for size in sizes])).all() if sizes else torch.tensor(False)
+        bad = torch.tensor(not _all_finite(gradients))
         return not (self.ranks.any(bad) if sharding.gradient_is_sharded(parameters) else bad).item()
 
     def _measured(
@@ -340,6 +338,15 @@ class ApproxGen(GenScheduler):
             update_every=update_every,
             process_group=process_group,
         )
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    if not dense:
+        return True
+    # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
+    sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in dense])
+    return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
 def _inner_product(direction: Direction, ranks: int) -> Tensor:
