@@ -165,38 +165,62 @@ def _add(operation: OpOverload, x: Any, y: Any, alpha: Any = 1) -> Any:
     return as_jet(value, _plus(x1, _scaled(y1, factor)), _plus(x2, _scaled(y2, factor)))
 
 
-def _moved_product(product: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Velocity and acceleration of a product; terms with a zero factor are left out."""
+Term = tuple[int, Any, Any]
+
+
+def _second_order(x: Any, w: Any) -> tuple[list[Term], list[Term]]:
+    """The terms `factor * a * b` of velocity and acceleration of a product of `x` and `w`, zero ones left out."""
     (x0, x1, x2), (w0, w1, w2) = derivatives(x), derivatives(w)
+    velocity = [(1, x1, w0), (1, x0, w1)]
+    acceleration = [(1, x2, w0), (1, x0, w2), (2, x1, w1)] if wants_acceleration() else []
 
-    def total(*terms: tuple[int, Any, Any]) -> Tensor | None:
-        result = None
-        for factor, a, b in terms:
-            if a is not None and b is not None:
-                term = product(a, b)
-                if result is not None:
-                    result.add_(term, alpha=factor)
-                else:
-                    result = term if factor == 1 else term.mul_(factor)
-        return result
+    def present(terms: list[Term]) -> list[Term]:
+        return [term for term in terms if term[1] is not None and term[2] is not None]
 
-    acceleration = total((2, x1, w1), (1, x2, w0), (1, x0, w2)) if wants_acceleration() else None
-    return total((1, x1, w0), (1, x0, w1)), acceleration
+    return present(velocity), present(acceleration)
+
+
+def _total(
+    product: Callable[[Any, Any], Tensor], add_product: Callable[[Tensor, Any, Any, int], Any], terms: list[Term]
+) -> Tensor | None:
+    """The sum of the terms, a tensor of its own, built up in place."""
+    if not terms:
+        return None
+    (factor, a, b), *others = terms
+    total = product(a, b)
+    if factor != 1:
+        total.mul_(factor)
+    for factor, a, b in others:
+        add_product(total, a, b, factor)
+    return total
+
+
+def _moved_product(operation: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Velocity and acceleration of a bilinear operation, new tensors both."""
+
+    def add_product(total: Tensor, a: Any, b: Any, factor: int) -> None:
+        if operation is aten.mm.default:
+            total.addmm_(a, b, alpha=factor)
+        elif operation is aten.bmm.default:
+            total.baddbmm_(a, b, alpha=factor)
+        else:
+            total.add_(operation(a, b), alpha=factor)
+
+    velocity, acceleration = _second_order(x, w)
+    return _total(operation, add_product, velocity), _total(operation, add_product, acceleration)
 
 
 @rule("mul")
 def _mul(_: OpOverload, x: Any, w: Any) -> Any:
-    (x0, x1, x2), (w0, w1, w2) = derivatives(x), derivatives(w)
-    value = x0 * w0
-    # Derivatives may be smaller than the product (broadcasting): sums out of place.
-    velocity = _plus(_times(x1, w0), _times(x0, w1))
-    acceleration = None
-    if wants_acceleration():
-        acceleration = _plus(_times(x2, w0), _times(x0, w2))
-        if x1 is not None and w1 is not None:
-            both = x1 * w1
-            acceleration = 2 * both if acceleration is None else torch.add(acceleration, both, alpha=2)
-    return as_jet(value, velocity, acceleration)
+    velocity, acceleration = (_total(torch.mul, _add_elementwise, terms) for terms in _second_order(x, w))
+    return as_jet(derivatives(x)[0] * derivatives(w)[0], velocity, acceleration)
+
+
+def _add_elementwise(total: Tensor, a: Any, b: Any, factor: int) -> None:
+    if a.dtype == b.dtype == total.dtype and a.dim() and b.dim():
+        total.addcmul_(a, b, value=factor)
+    else:
+        total.add_(a * b, alpha=factor)
 
 
 def _times(a: Any, b: Any) -> Any:
@@ -232,14 +256,20 @@ def _matrix_product(operation: OpOverload, x: Any, w: Any) -> Any:
 
 @rule("addmm", "baddbmm", "addmv", "addr")
 def _added_product(operation: OpOverload, bias: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    product = {"addmm": aten.mm, "baddbmm": aten.bmm, "addmv": aten.mv, "addr": aten.outer}[name_of(operation)]
-    velocity, acceleration = _moved_product(product, x, w)
+    products = {"addmm": aten.mm, "baddbmm": aten.bmm, "addmv": aten.mv, "addr": aten.outer}
+    moved = _moved_product(products[name_of(operation)].default, x, w)
     b0, b1, b2 = derivatives(bias)
-    return as_jet(
-        operation(b0, derivatives(x)[0], derivatives(w)[0], beta=beta, alpha=alpha),
-        _plus(_scaled(velocity, alpha), _scaled(b1, beta)),
-        _plus(_scaled(acceleration, alpha), _scaled(b2, beta)),
-    )
+    value = operation(b0, derivatives(x)[0], derivatives(w)[0], beta=beta, alpha=alpha)
+    return as_jet(value, *(_plus_bias(m, b, alpha, beta) for m, b in zip(moved, (b1, b2), strict=True)))
+
+
+def _plus_bias(product: Tensor | None, bias: Tensor | None, alpha: Any = 1, beta: Any = 1) -> Tensor | None:
+    """`alpha * product + beta * bias`, in the memory of the product."""
+    if product is None:
+        return _scaled(bias, beta)
+    if alpha != 1:
+        product.mul_(alpha)
+    return product if bias is None else product.add_(bias, alpha=beta)
 
 
 @rule("addcmul")
@@ -280,7 +310,7 @@ def _convolution(operation: OpOverload, x: Any, w: Any, bias: Any, *settings: An
     velocity, acceleration = _moved_product(lambda a, b: operation(a, b, None, *settings), x, w)
     for_channels = (1, -1) + (1,) * (value.dim() - 2)
     b1, b2 = (None if b is None else b.view(for_channels) for b in (b1, b2))
-    return as_jet(value, _plus(velocity, b1), _plus(acceleration, b2))
+    return as_jet(value, _plus_bias(velocity, b1), _plus_bias(acceleration, b2))
 
 
 @rule("where")
@@ -365,7 +395,8 @@ class Elementwise(NamedTuple):
     """Derivatives of `f(x, *arguments)`; functions get `x0`, `f(x0)` and the arguments.
 
     `tangent(v, x, y, ...)` is `f'(x) v`: since the Jacobian is diagonal, the fused kernels that autograd has for its
-    backward pass serve. Without one, `first(x, y, ...)` is `f'(x)`. `second` is `f''(x)`, None where that is zero.
+    backward pass serve. Without one, `first(x, y, ...)` is `f'(x)`. `second` is `f''(x)`, None where that is zero; a tensor
+    of its own, which may be overwritten.
     """
 
     tangent: Callable[..., Tensor] | None = None
@@ -374,14 +405,14 @@ class Elementwise(NamedTuple):
 
 
 def _chain(value: Tensor, tangent: Callable[[Tensor], Tensor], second: Callable[[], Tensor] | None, x: Jet) -> Any:
-    """`f(x)`: velocity `f' x1`, acceleration `f'' x1^2 + f' x2`."""
+    """`f(x)`: velocity `f' x1`, acceleration `f'' x1^2 + f' x2`. What `second` returns is overwritten."""
     _, x1, x2 = derivatives(x)
     acceleration = None
     if wants_acceleration():
         acceleration = None if x2 is None else tangent(x2)
         if second is not None and x1 is not None:
-            bend = second()
-            acceleration = bend * x1 * x1 if acceleration is None else torch.addcmul(acceleration, bend * x1, x1)
+            bend = second().mul_(x1).mul_(x1)
+            acceleration = bend if acceleration is None else bend.add_(acceleration)
     return as_jet(value, None if x1 is None else tangent(x1), acceleration)
 
 
@@ -404,7 +435,7 @@ def _register_elementwise(name: str, f: Elementwise) -> None:
 def _gelu_bend(x: Tensor, y: Tensor, *, approximate: str = "none") -> Tensor:
     square = x * x
     if approximate == "none":  # (2 - x^2) times the normal density
-        density = torch.exp(-0.5 * square).mul_(1 / math.sqrt(2 * math.pi))
+        density = torch.mul(square, -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
         return density.mul_(square.neg_().add_(2))
     # y = x s(u), s the logistic function, u = 2 sqrt(2/pi) (x + 0.044715 x^3)
     c = 2 * math.sqrt(2 / math.pi)
@@ -485,7 +516,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
         second=lambda x, y, alpha=1: _elu_bend(x, y, alpha, 1, 1 / alpha),
     ),
     # elementary functions
-    "exp": Elementwise(first=lambda x, y: y, second=lambda x, y: y),
+    "exp": Elementwise(first=lambda x, y: y, second=lambda x, y: y.clone()),
     "exp2": Elementwise(first=lambda x, y: y * _LN2, second=lambda x, y: y * _LN2**2),
     "expm1": Elementwise(first=lambda x, y: y + 1, second=lambda x, y: y + 1),
     "log": Elementwise(first=lambda x, y: 1 / x, second=lambda x, y: -1 / (x * x)),
@@ -501,8 +532,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "sin": Elementwise(first=lambda x, y: torch.cos(x), second=lambda x, y: -y),
     "cos": Elementwise(first=lambda x, y: -torch.sin(x), second=lambda x, y: -y),
     "tan": Elementwise(first=lambda x, y: 1 + y * y, second=lambda x, y: 2 * y * (1 + y * y)),
-    "sinh": Elementwise(first=lambda x, y: torch.cosh(x), second=lambda x, y: y),
-    "cosh": Elementwise(first=lambda x, y: torch.sinh(x), second=lambda x, y: y),
+    "sinh": Elementwise(first=lambda x, y: torch.cosh(x), second=lambda x, y: y.clone()),
+    "cosh": Elementwise(first=lambda x, y: torch.sinh(x), second=lambda x, y: y.clone()),
     "atan": Elementwise(first=lambda x, y: 1 / (1 + x * x), second=lambda x, y: -2 * x / (1 + x * x).square()),
     "erf": Elementwise(
         first=lambda x, y: _ERF * torch.exp(-x * x), second=lambda x, y: -2 * _ERF * x * torch.exp(-x * x)
@@ -640,16 +671,15 @@ def _prod(_: OpOverload, x: Any, dim: int | None = None, keepdim: bool = False, 
 
 
 def _softmax_means(y: Tensor, dim: int, x1: Any, x2: Any) -> tuple[Any, Any, Any, Any]:
-    """With probabilities `y`: `m1 = E x1`, `u = x1 - m1`, `t = u^2 + x2` and `m2 = E t`."""
-    if x1 is None:
-        m2 = (y * x2).sum(dim, keepdim=True) if wants_acceleration() else None
-        return None, None, x2, m2
-    m1 = (y * x1).sum(dim, keepdim=True)
-    u = x1 - m1
-    if not wants_acceleration():
-        return m1, u, None, None
-    t = u * u if x2 is None else torch.addcmul(x2, u, u)
-    return m1, u, t, (y * t).sum(dim, keepdim=True)
+    """With probabilities `y`: `m1 = E x1`, `u = x1 - m1`, `t = u^2 + x2` and `m2 = E t`; `u` and `t` are new."""
+    m1 = u = t = m2 = None
+    if x1 is not None:
+        m1 = (y * x1).sum(dim, keepdim=True)
+        u = x1 - m1
+    if wants_acceleration():
+        t = x2.clone() if u is None else u * u if x2 is None else torch.addcmul(x2, u, u)
+        m2 = (y * t).sum(dim, keepdim=True)
+    return m1, u, t, m2
 
 
 @rule("_softmax", "_safe_softmax")
@@ -657,7 +687,7 @@ def _softmax(operation: OpOverload, x: Any, dim: int, *args: Any, **kwargs: Any)
     x0, x1, x2 = derivatives(x)
     y = operation(x0, dim, *args, **kwargs)
     _, u, t, m2 = _softmax_means(y, dim, x1, x2)
-    return as_jet(y, _times(y, u), None if t is None else y * (t - m2))
+    return as_jet(y, None if u is None else u.mul_(y), None if t is None else t.sub_(m2).mul_(y))
 
 
 @rule("_log_softmax")
@@ -767,72 +797,70 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
 # ----------------------------------------------------------------------------------------- normalisation
 
 
-def _normalised(
-    x: Jet, n0: Tensor, rstd: Tensor, eps: float, tangent: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor]
-) -> Any:
-    """The jet of `n = (x - E x) / sqrt(var x + eps)` from its value `n0` and `rstd = 1 / sqrt(var x0 + eps)`.
+class Normalisation(NamedTuple):
+    """`n = (x - E x) / sqrt(var x + eps)` at one point, and its derivatives.
 
-    `tangent(v)` is `J v`, with the Jacobian at `x0`: it is symmetric, so the backward kernel computes it. `mean` is `E`,
-    over what is normalised together. Differentiating twice, with `h = rstd E[n0 x1]`,
+    `tangent(v)` is `J v`, with the Jacobian there: it is symmetric, so that the backward kernel computes it. `mean(a, b)` is
+    `E[a b]` over what is normalised together, in a shape that broadcasts.
+    """
+
+    n0: Tensor
+    rstd: Tensor
+    eps: float
+    tangent: Callable[[Tensor], Tensor]
+    mean: Callable[[Tensor, Tensor], Tensor]
+
+    def applied_to(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The derivatives of `n`, each a new tensor. Differentiating twice, with `h = rstd E[n0 x1]`,
 
         n1 = J x1        n2 = J x2 - 2 h n1 - (E[n1^2] + eps rstd^2 h^2) n0
-    """
-    _, x1, x2 = derivatives(x)
-    n1 = None if x1 is None else tangent(x1)
-    n2 = None
-    if wants_acceleration():
-        n2 = None if x2 is None else tangent(x2)
-        if n1 is not None:
-            h = mean(n0 * x1).mul_(rstd)
-            size = mean(n1 * n1).add_(eps * rstd * rstd * h * h)
-            bend = torch.mul(n1, -2 * h) if n2 is None else torch.addcmul(n2, n1, h, value=-2)
-            n2 = bend.addcmul_(n0, size, value=-1)
-    return as_jet(n0, n1, n2)
+        """
+        n0, rstd = self.n0, self.rstd
+        _, x1, x2 = derivatives(x)
+        n1 = None if x1 is None else self.tangent(x1)
+        n2 = None if x2 is None or not wants_acceleration() else self.tangent(x2)
+        if n1 is not None and wants_acceleration():
+            h = self.mean(n0, x1) * rstd
+            size = self.mean(n1, n1) + self.eps * rstd * rstd * h * h
+            n2 = torch.mul(n1, -2 * h) if n2 is None else n2.addcmul_(n1, h, value=-2)
+            n2.addcmul_(n0, size, value=-1)
+        return n0, n1, n2
 
 
-def _affine(n: Any, weight: Any, bias: Any) -> Any:
-    """`n w + b`, in one pass a term."""
-    (n0, n1, n2), (w0, w1, w2), (b0, b1, b2) = derivatives(n), derivatives(weight), derivatives(bias)
-    if w0 is None:
-        return n if b0 is None else n + bias
+def _affine(normal: tuple[Tensor, Tensor | None, Tensor | None], weight: Any, bias: Any) -> Any:
+    """The jet of `n w + b`, in the memory of the derivatives of `n`."""
+    n0, n1, n2 = normal
+    (w0, w1, w2), (b0, b1, b2) = derivatives(weight), derivatives(bias)
 
-    def total(constant: Tensor | None, *terms: tuple[int, Any, Any]) -> Tensor | None:
-        result = constant
-        for factor, a, b in terms:
-            if a is None or b is None:
-                continue
-            if result is None:
-                result = a * b if factor == 1 else a * (factor * b)
-            elif result is constant:
-                result = torch.addcmul(result, a, b, value=factor)
-            else:
-                result.addcmul_(a, b, value=factor)
-        return result
+    def total(n: Tensor | None, b: Any, *terms: Term) -> Tensor | None:
+        if n is not None and w0 is not None:
+            n.mul_(w0)
+        for factor, a, w in terms:
+            if a is not None and w is not None:
+                n = a * (factor * w) if n is None else n.addcmul_(a, w, value=factor)
+        return b if n is None else n if b is None else n.add_(b)
 
-    value = total(b0, (1, n0, w0))
+    acceleration = total(n2, b2, (2, n1, w1), (1, n0, w2)) if wants_acceleration() else None
+    velocity = total(n1, b1, (1, n0, w1))
+    value = total(n0, b0)
     assert value is not None
-    acceleration = total(b2, (1, n2, w0), (2, n1, w1), (1, n0, w2)) if wants_acceleration() else None
-    return as_jet(value, total(b1, (1, n1, w0), (1, n0, w1)), acceleration)
+    return as_jet(value, velocity, acceleration)
 
 
 @rule("native_layer_norm")
 def _layer_norm(_: OpOverload, x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
-    normal = x
-    if isinstance(x, Jet):
-        x0, dims = x.value, list(range(x.dim() - len(shape), x.dim()))
-        n0, mean, rstd = aten.native_layer_norm(x0, shape, None, None, eps)
-        mask = [True, False, False]
-        normal = _normalised(
-            x,
-            n0,
-            rstd,
-            eps,
-            lambda v: aten.native_layer_norm_backward(v.contiguous(), x0, shape, mean, rstd, None, None, mask)[0],
-            lambda a: a.mean(dims, keepdim=True),
-        )
-    else:
-        normal = aten.native_layer_norm(x, shape, None, None, eps)[0]
-    return _affine(normal, weight, bias), _unused(), _unused()
+    x0 = derivatives(x)[0].contiguous()
+    dims = list(range(x0.dim() - len(shape), x0.dim()))
+    n0, mean, rstd = aten.native_layer_norm(x0, shape, None, None, eps)
+    mask = [True, False, False]
+    normalisation = Normalisation(
+        n0,
+        rstd,
+        eps,
+        lambda v: aten.native_layer_norm_backward(v.contiguous(), x0, shape, mean, rstd, None, None, mask)[0],
+        lambda a, b: (a * b).mean(dims, keepdim=True),
+    )
+    return _affine(normalisation.applied_to(x), weight, bias), _unused(), _unused()
 
 
 @rule("native_group_norm")
@@ -841,25 +869,21 @@ def _group_norm(
 ) -> Any:
     x0, sizes = derivatives(x)[0].contiguous(), (n, channels, positions, groups)
     n0, mean, rstd = aten.native_group_norm(x0, None, None, *sizes, eps)
-    normal: Any = n0
-    if isinstance(x, Jet):
-        spread = (n, groups, 1)
 
-        def for_elements(statistic: Tensor) -> Tensor:
-            per_channel = statistic.expand(n, groups, channels // groups)
-            return per_channel.reshape(n, channels, *(1 for _ in x0.shape[2:]))
+    def for_elements(statistic: Tensor) -> Tensor:
+        per_channel = statistic.reshape(n, groups, 1).expand(n, groups, channels // groups)
+        return per_channel.reshape(n, channels, *(1 for _ in x0.shape[2:]))
 
-        normal = _normalised(
-            x,
-            n0,
-            for_elements(rstd.view(spread)),
-            eps,
-            lambda v: aten.native_group_norm_backward(
-                v.contiguous(), x0, mean, rstd, None, *sizes, [True, False, False]
-            )[0],
-            lambda a: for_elements(a.reshape(n, groups, -1).mean(2, keepdim=True)),
-        )
-    return _affine(normal, *(_for_channels(p, x0.dim()) for p in (weight, bias))), _unused(), _unused()
+    mask = [True, False, False]
+    normalisation = Normalisation(
+        n0,
+        for_elements(rstd),
+        eps,
+        lambda v: aten.native_group_norm_backward(v.contiguous(), x0, mean, rstd, None, *sizes, mask)[0],
+        lambda a, b: for_elements((a * b).reshape(n, groups, -1).mean(2)),
+    )
+    parameters = (_for_channels(p, x0.dim()) for p in (weight, bias))
+    return _affine(normalisation.applied_to(x), *parameters), _unused(), _unused()
 
 
 def _unused() -> Any:
@@ -877,23 +901,29 @@ def _batch_norm(operation: OpOverload, x: Any, weight: Any, bias: Any, *rest: An
         rest = (None, None, *rest)
     running_mean, running_var, training, momentum, eps = rest
     x0, dim = derivatives(x)[0], x.dim()
-    parameters = [_for_channels(p, dim) for p in (weight, bias)]
     # The operator itself moves the running statistics, as in a plain forward pass.
     n0, mean, rstd = aten.native_batch_norm(x0, None, None, running_mean, running_var, training, momentum, eps)
-    normal: Any = n0
-    if isinstance(x, Jet) and training:
-        mask = [True, False, False]
-        normal = _normalised(
-            x,
+    if training:
+        backward = aten.native_batch_norm_backward
+        no_mean, no_scale, count = torch.zeros_like(mean), torch.ones_like(rstd), x0.numel() // mean.numel()
+
+        def mean_product(a: Tensor, b: Tensor) -> Tensor:
+            # the gradient of the weight, with statistics that do nothing, is the sum of a b without a product in memory
+            mask = [False, True, False]
+            product = backward(a, b, None, None, None, no_mean, no_scale, True, eps, mask)[1]
+            return _for_channels(product / count, dim)
+
+        normal = Normalisation(
             n0,
             _for_channels(rstd, dim),
             eps,
-            lambda v: aten.native_batch_norm_backward(v, x0, None, None, None, mean, rstd, True, eps, mask)[0],
-            lambda a: a.mean([0, *range(2, dim)], keepdim=True).squeeze(0),
-        )
-    elif isinstance(x, Jet):
+            lambda v: backward(v, x0, None, None, None, mean, rstd, True, eps, [True, False, False])[0],
+            mean_product,
+        ).applied_to(x)
+    else:
         scale = _for_channels(torch.rsqrt(running_var + eps), dim)
-        normal = as_jet(n0, *(None if d is None else d * scale for d in x.current()))
+        normal = (n0, *(None if d is None else d * scale for d in derivatives(x)[1:]))
+    parameters = (_for_channels(p, dim) for p in (weight, bias))
     unseen = (_unused() for _ in operation._schema.returns[1:])
     return (_affine(normal, *parameters), *unseen)
 
@@ -903,7 +933,7 @@ def _fused_rms_norm(operation: OpOverload, x: Any, shape: list[int], weight: Any
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     dims = list(range(x.dim() - len(shape), x.dim()))
     normal = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
-    return _affine(normal, weight, None), _unused()
+    return normal if weight is None else normal * weight, _unused()
 
 
 # ------------------------------------------------------------------------------------ embeddings and losses
