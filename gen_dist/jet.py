@@ -20,13 +20,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map_only
 
 __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
@@ -90,7 +88,7 @@ class Jet(Tensor):
             derivatives = source.current()
             if source._writes != seen:
                 velocity, acceleration = derivatives
-                self._derivatives = (_apply(view, velocity), _apply(view, acceleration))
+                self._derivatives = (applied(view, velocity), applied(view, acceleration))
                 self._source = (source, view, source._writes)
                 self._writes += 1
         return self._derivatives
@@ -119,15 +117,19 @@ class Jet(Tensor):
             )
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         velocity, acceleration = self.current()
         return f"Jet(value={self.value}, velocity={velocity}, acceleration={acceleration})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _rule(operation)(*args, **(kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        from gen_dist.jet_rules.dispatch import rule_for  # the rules need jets, and jets the rules
+
+        return rule_for(operation)(*args, **(kwargs or {}))
 
 
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
@@ -141,14 +143,14 @@ def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None =
         acceleration = None
     if velocity is None and acceleration is None:
         return value
-    return Jet(value, _like(value, velocity), _like(value, acceleration))
+    return Jet(value, shaped_like(value, velocity), shaped_like(value, acceleration))
 
 
 def wants_acceleration() -> bool:
     return not _velocity_only.get()
 
 
-def _like(value: Tensor, derivative: Tensor | None) -> Tensor | None:
+def shaped_like(value: Tensor, derivative: Tensor | None) -> Tensor | None:
     if derivative is None:
         return None
     if derivative.dtype != value.dtype:
@@ -156,7 +158,7 @@ def _like(value: Tensor, derivative: Tensor | None) -> Tensor | None:
     return derivative if derivative.shape == value.shape else derivative.expand(value.shape)
 
 
-def _apply(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
+def applied(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
     return None if x is None else function(x)
 
 
@@ -167,156 +169,7 @@ def _write_through(
     if before is None and written is None:
         return None
     after = torch.zeros_like(like) if before is None else torch.empty_like(like).copy_(before)
-    view(after).copy_(torch.zeros((), dtype=like.dtype, device=like.device) if written is None else written)
+    part = view(after)
+    assert part.untyped_storage().data_ptr() == after.untyped_storage().data_ptr(), "a view, not a copy"
+    part.copy_(torch.zeros((), dtype=like.dtype, device=like.device) if written is None else written)
     return after
-
-
-# ------------------------------------------------------------------------------------------------ dispatch
-
-
-@cache
-def _rule(operation: OpOverload) -> Callable[..., Any]:
-    """What to do for an operator: its rule, or one of its kind, or its decomposition, or an error."""
-    from gen_dist import jet_rules
-
-    name = jet_rules.name_of(operation)
-    if any(argument.is_out for argument in operation._schema.arguments):
-        return _into_out(operation)
-    if torch.Tag.inplace_view in operation.tags:
-        return _in_place_view(operation)
-    if name in jet_rules.RULES:
-        return _skipping_constants(operation, jet_rules.RULES[name])
-    if name in jet_rules.CONSTANT:
-        return lambda *args, **kwargs: operation(*_values(args), **_values(kwargs))
-    if name in jet_rules.FACTORIES:
-        return lambda *args, **kwargs: Jet(operation(*_values(args), **_values(kwargs)))
-    if operation._schema.is_mutable:
-        return _in_place(operation)
-    if name in jet_rules.LINEAR:
-        if operation._schema.returns[0].alias_info is not None:
-            return _view(operation)
-        return _skipping_constants(operation, jet_rules.linear(operation))
-    decomposition = jet_rules.decomposition(operation)
-    if decomposition is not None:
-        return _skipping_constants(operation, decomposition)
-    return _skipping_constants(operation, _refusal(operation))
-
-
-def _refusal(operation: object, *why: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedOperation(operation, *why)
-
-    return refuse
-
-
-def _settled(argument: Any) -> Any:
-    """An argument with every jet that stands still replaced by its value; lists and tuples are looked into."""
-    kind = type(argument)
-    if kind is Jet:
-        velocity, acceleration = argument.current()
-        return argument.value if velocity is None and acceleration is None else argument
-    return [_settled(x) for x in argument] if kind is list or kind is tuple else argument
-
-
-def _moves(argument: Any) -> bool:
-    """Whether a settled argument holds a jet."""
-    return type(argument) is Jet or (type(argument) is list and any(type(x) is Jet for x in argument))
-
-
-def _values(arguments: Any) -> Any:
-    return tree_map_only(Jet, lambda jet: jet.value, arguments)
-
-
-def _skipping_constants(operation: OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Rules see no jet that stands still, and where none moves nothing is derived."""
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        settled = [_settled(x) for x in args]
-        kwargs = {key: _settled(x) for key, x in kwargs.items()}
-        if any(map(_moves, settled)) or any(map(_moves, kwargs.values())):
-            return rule(operation, *settled, **kwargs)
-        return operation(*settled, **kwargs)
-
-    return apply
-
-
-def _view(operation: OpOverload) -> Callable[..., Any]:
-    """Views of a jet are views of its value and of its derivatives, and remember where they come from."""
-    from gen_dist.jet_rules import view_of_derivative
-
-    def apply(source: Any, *args: Any, **kwargs: Any) -> Any:
-        value = operation(source.value, *args, **kwargs)
-
-        def jet(value: Tensor, index: int | None) -> Jet:
-            def view(x: Tensor) -> Tensor:
-                viewed: Any = view_of_derivative(operation, source.value, x, *args, **kwargs)
-                return viewed if index is None else viewed[index]
-
-            velocity, acceleration = source.current()
-            result = Jet(value, _apply(view, velocity), _apply(view, acceleration))
-            result._source = (source, view, source._writes)
-            return result
-
-        if isinstance(value, Tensor):
-            return jet(value, None)
-        return [jet(part, index) for index, part in enumerate(value)]
-
-    return apply
-
-
-def _in_place(operation: OpOverload) -> Callable[..., Any]:
-    """Writes in place: the value is overwritten as the program says, derivatives by those of the result."""
-    from gen_dist import jet_rules
-
-    functional = jet_rules.functional_form(operation)
-
-    def apply(target: Any, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(_settled(x) for x in args)
-        kwargs = {key: _settled(x) for key, x in kwargs.items()}
-        moves = any(map(_moves, args)) or any(map(_moves, kwargs.values()))
-        if not isinstance(target, Jet):
-            if moves:
-                why = "writes a value that depends on the parameters into a tensor made outside the model"
-                raise UnsupportedOperation(operation, why)
-            return operation(target, *args, **kwargs)
-        if not moves and type(_settled(target)) is not Jet:
-            operation(target.value, *args, **kwargs)
-            return target
-        if functional is None:
-            raise UnsupportedOperation(operation)
-        value, *moved = derivatives(functional(target, *args, **kwargs))
-        target.value.copy_(value)
-        target.write((_like(target.value, moved[0]), _like(target.value, moved[1])))
-        return target
-
-    return apply
-
-
-def _into_out(operation: OpOverload) -> Callable[..., Any]:
-    """`f(..., out=target)` is `target` overwritten by `f(...)`."""
-    functional = operation.overloadpacket
-
-    def apply(*args: Any, out: Any, **kwargs: Any) -> Any:
-        return torch.ops.aten.copy_(out, functional(*args, **kwargs))
-
-    return apply
-
-
-def _in_place_view(operation: OpOverload) -> Callable[..., Any]:
-    """`transpose_` and its like: the tensor becomes a view of itself."""
-    from gen_dist.jet_rules import functional_form
-
-    view = functional_form(operation)
-
-    def apply(target: Jet, *args: Any, **kwargs: Any) -> Jet:
-        if view is None or target._source is not None:
-            raise UnsupportedOperation(operation)
-        velocity, acceleration = target.current()
-        target.value = view(target.value, *args, **kwargs)
-        move = lambda x: view(x, *args, **kwargs)  # noqa: E731
-        target._derivatives = (_apply(move, velocity), _apply(move, acceleration))
-        with torch._C._DisableTorchDispatch():
-            operation(target, *args, **kwargs)  # the shape and strides that PyTorch sees
-        return target
-
-    return apply

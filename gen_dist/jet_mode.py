@@ -16,7 +16,7 @@ __all__ = ["JetMode"]
 
 _set_grad_enabled = torch._C._set_grad_enabled
 _detach = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
-_recurrent = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})  # type: ignore[attr-defined]
+_recurrent = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
 
 
 class JetMode(TorchFunctionMode):
@@ -36,7 +36,7 @@ class JetMode(TorchFunctionMode):
         self._outer: list[bool] = []
 
     def __enter__(self) -> JetMode:
-        # With gradients enabled the program's own no_grad regions can be told; nothing requires one, so nothing is kept.
+        # With gradients enabled, the program's own no_grad regions can be told. None is required, so none is kept.
         self._enabled_before = torch.is_grad_enabled()
         _set_grad_enabled(True)
         super().__enter__()
@@ -46,9 +46,7 @@ class JetMode(TorchFunctionMode):
         super().__exit__(*exception)
         _set_grad_enabled(self._enabled_before)
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is _set_grad_enabled:
             self._note_grad_mode(args[0])
             return function(*args)
@@ -78,8 +76,8 @@ class JetMode(TorchFunctionMode):
     def _note_grad_mode(self, enabled: bool) -> None:
         """Follow the program in and out of `no_grad` and `enable_grad`.
 
-        A switch from on to off opens a `no_grad` region, or closes an `enable_grad` one; only the program's own count. In
-        the forward of an autograd.Function gradients are off already, which is no stop.
+        A switch from on to off opens a `no_grad` region, or closes an `enable_grad` one; only the program's own count.
+        In the forward of an autograd.Function gradients are off already, which is no stop.
         """
         before = torch.is_grad_enabled()
         if enabled and not before:

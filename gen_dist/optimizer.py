@@ -142,7 +142,7 @@ def as_gen_optimizer(optimizer: Optimizer) -> GenOptimizer:
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     _refuse_by_name(type(optimizer))
     _check_linearity(optimizer)
-    optimizer.__class__ = _gen_class(type(optimizer))
+    optimizer.__class__ = _gen_class(type(optimizer))  # type: ignore[arg-type]
     optimizer.__dict__.pop("step", None)  # another scheduler's counter, bound to the base class's step
     optimizer._patch_step_function()
     return cast(GenOptimizer, optimizer)
@@ -156,7 +156,7 @@ def _gen_class(base: Any) -> type[GenOptimizer]:
 
 def _empty_gen_optimizer(base: type[Optimizer]) -> GenOptimizer:
     """What pickle and copy fill with state."""
-    kind: type[GenOptimizer] = _gen_class(base)
+    kind: type[GenOptimizer] = _gen_class(base)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 

@@ -31,8 +31,8 @@ FIRST_PROBE = 1e-3  # where no rate is known yet: lr = 0 at the start
 class Update(NamedTuple):
     """What an update saw and did, as plain numbers.
 
-    `numerator` is `g.d = -phi'(0)`, `denominator` is `d'Hd = phi''(0)`, `loss` is `phi(0)`, all over the ranks together;
-    `lr` is the rate that was set (of the group with the largest initial rate) and `reason` says why.
+    `numerator` is `g.d = -phi'(0)`, `denominator` is `d'Hd = phi''(0)`, `loss` is `phi(0)`, all over the ranks
+    together; `lr` is the rate that was set (of the group with the largest initial rate) and `reason` says why.
     """
 
     lr: float
@@ -55,8 +55,8 @@ class GenScheduler(LRScheduler):
     (Bu & Xu, ICLR 2025, arXiv 2407.02772). `L` is the mean over ranks, so that all ranks set the identical rate.
 
     Args:
-        optimizer: made by `make_gen_optimizer` or `as_gen_optimizer`. The learning rate it has now is the one kept until
-            the first update succeeds, and the ratios between its groups are kept for good.
+        optimizer: made by `make_gen_optimizer` or `as_gen_optimizer`. The learning rate it has now is kept until the
+            first update succeeds, and the ratios between its groups are kept for good.
         model: the model being trained, as you call it: plain, in DDP, or after `fully_shard`.
         criterion: `criterion(model(x), y)` is the loss; not needed if you give closures to `step`.
         lr_min, lr_max: the clamp.
@@ -81,8 +81,8 @@ class GenScheduler(LRScheduler):
         update_every: int = 1,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it would
-        # patch the optimizer and take a first step.
+        # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
+        # would patch the optimizer and take a first step.
         _check_arguments(optimizer, model, criterion, lr_min, lr_max, update_every)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
@@ -118,8 +118,9 @@ class GenScheduler(LRScheduler):
             x, y: this rank's slice: `criterion(model(x), y)` is its loss.
             closure: instead, a function that returns this rank's scalar loss, calling the model as it likes.
             batches: instead, a list of `(x, y)` or closures, whose losses are averaged (gradient accumulation).
-            weight: this rank's share where slices are unequal, such as its number of samples or tokens. On plain replicas
-                the gradients are averaged with it too; in DDP and FSDP scale the loss that you call backward on.
+            weight: this rank's share where slices are unequal, such as its number of samples or tokens. On plain
+                replicas the gradients are averaged with it too; in DDP and FSDP scale the loss that you call
+                backward on by `weight * ranks / total weight`.
             loss: the loss of the training step on the same batch, which saves `'forward'` one pass.
 
         Every rank calls it. Raises `ValueError` or `TypeError` on a wrong call; an error in the model or the closure is
@@ -247,8 +248,8 @@ class GenScheduler(LRScheduler):
             raise ValueError("scheduler.step(x) without a target: type scheduler.step(x, y) or step(closure=fn)")
         if self.criterion is None:
             raise ValueError(
-                "scheduler.step(x, y) needs the criterion that the scheduler was made without: pass criterion=, or type "
-                "scheduler.step(closure=fn) with a function that returns the loss"
+                "scheduler.step(x, y) needs the criterion that the scheduler was made without: pass criterion=, or "
+                "type scheduler.step(closure=fn) with a function that returns the loss"
             )
         return Batch(self.model, self.criterion, x, y)
 
@@ -379,8 +380,8 @@ def _check_arguments(optimizer: Any, model: Any, criterion: Any, lr_min: Any, lr
         if isinstance(optimizer, Optimizer):
             name = type(optimizer).__name__
             raise TypeError(
-                f"the optimizer is a plain {name}: type optimizer = gen_dist.as_gen_optimizer(optimizer) first, or make "
-                f"it by gen_dist.make_gen_optimizer({name}, model.parameters(), ...)"
+                f"the optimizer is a plain {name}: type optimizer = gen_dist.as_gen_optimizer(optimizer) first, or "
+                f"make it by gen_dist.make_gen_optimizer({name}, model.parameters(), ...)"
             )
         raise TypeError(f"optimizer must come from gen_dist.make_gen_optimizer, got {type(optimizer).__name__}")
     if not isinstance(model, nn.Module):
