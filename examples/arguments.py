@@ -34,8 +34,8 @@ DATA_OF_MODEL = {
     "cnn": ("digits", "fashion-mnist"),
     "gpt": ("shakespeare",),
 }
-EPOCHS = {"digits": 15, "fashion-mnist": 3, "shakespeare": 1}
-BATCH_SIZE = {"digits": 128, "fashion-mnist": 256, "shakespeare": 64}
+EPOCHS = {"digits": 20, "fashion-mnist": 3, "shakespeare": 1}
+BATCH_SIZE = {"digits": 256, "fashion-mnist": 256, "shakespeare": 64}
 
 
 class Parser(argparse.ArgumentParser):

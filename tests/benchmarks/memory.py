@@ -1,28 +1,25 @@
-"""Peak memory of a piece of work, as the operating system sees it."""
+"""Peak memory of a piece of work, counted at PyTorch's allocators."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(work: Callable[[], object]) -> int:
-    """Bytes that `work()` needs at its peak beyond what was held before it: GPU memory, or resident memory on Linux."""
+    """Bytes that `work()` needs at its peak beyond what was held before it, on the GPU where there is one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    work()
-    return max(_status("VmHWM") - before, 0)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))

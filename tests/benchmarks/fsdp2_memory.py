@@ -1,0 +1,79 @@
+"""What `exact` needs on an FSDP2 model: peak extra memory of an update, beside the model's size, on every rank.
+
+    torchrun --standalone --nproc_per_node=2 tests/benchmarks/fsdp2_memory.py [--width 512 --depth 8]
+
+Finding the direction needs two shards for a moment, and holds one. On top of that, while a block runs, `exact` needs
+that block's weights (as any forward pass does) and its direction, whole, and the jets of its activations; never the whole
+model, and no graph. Activations are small here: a batch of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent)]
+from memory import peak_memory
+from models import GPT
+from update_cost import token_cross_entropy
+
+import gen_dist as gen
+from gen_dist import sharding
+from gen_dist.line import Batch, Line
+
+MIB = 2**20
+
+
+@torch.no_grad()
+def plain_forward(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    token_cross_entropy(model(x), y)
+    sharding.reshard(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=8)
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if on_gpu:
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    torch.manual_seed(0)
+    model = GPT(256, context=32, depth=arguments.depth, width=arguments.width, heads=8)
+    size = sum(p.nbytes for p in model.parameters())
+    block = sum(p.nbytes for p in model.blocks[0].parameters())
+    for each in model.blocks:
+        fully_shard(each)
+    fully_shard(model)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-4)
+    tokens = torch.randint(0, 256, (1, 33), device="cuda" if on_gpu else "cpu")
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    mean_loss = Batch(model, token_cross_entropy, x, y)
+    token_cross_entropy(model(x), y).backward()
+    optimizer.compute_param_updates()
+    assert optimizer.direction is not None
+    line = Line(model, optimizer.direction, [mean_loss])
+    peaks = {
+        "the direction, while it is found": peak_memory(optimizer.compute_param_updates),
+        "exact": peak_memory(line.jet),
+        "gauss-newton": peak_memory(line.gauss_newton),
+        "forward, one probe": peak_memory(lambda: line.losses([1e-4])),
+        "a plain forward pass": peak_memory(lambda: plain_forward(model, x, y)),
+    }
+    if dist.get_rank() == 0:
+        ranks = dist.get_world_size()
+        print(f"model {size / MIB:.1f} MiB, a block {block / MIB:.1f} MiB, a shard of {ranks} {size / MIB / ranks:.1f} MiB")
+        print("peak extra memory of one rank:")
+        for what, peak in peaks.items():
+            print(f"  {what:<34} {peak / MIB:6.1f} MiB")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
