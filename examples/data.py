@@ -127,7 +127,7 @@ def windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def training_batches(
-    dataset: Dataset, batch_size: int, *, epoch: int, seed: int, rank: int, ranks: int
+    dataset: Dataset, batch_size: int, epoch: int, *, seed: int, rank: int, ranks: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's equal slice `(x, y)` of each global batch of an epoch; a last, partial batch is dropped.
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,15 +34,13 @@ class Recorder:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         if ranks.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            self._file = (output / "metrics.jsonl").open("w")
+            self._file = (output / "metrics.jsonl").open("w", buffering=1)
         self._bar = tqdm(total=steps, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.close()
         if self.ranks.rank == 0:
             self._file.close()
@@ -110,6 +107,10 @@ class Recorder:
             "scheduler_seconds": self._seconds["scheduler"],
         }
 
+    def announce(self, result: str) -> None:
+        """Shows the latest evaluation beside the bar."""
+        self._bar.set_description(result)
+
     def draw(self) -> Path:
         """The figure of the run so far, drawn on rank 0."""
         path = self.output / "training.png"
@@ -123,11 +124,13 @@ def closing_line(records: list[dict[str, Any]], steps_per_epoch: int, result: st
     last_epoch = records[-steps_per_epoch:]
     loss = sum(record["loss"] for record in last_epoch) / len(last_epoch)
     reasons = [record["reason"] for record in records if record["reason"] is not None]
-    accepted, clamped = (reasons.count(reason) / len(reasons) for reason in ("accepted", "clamped"))
+    accepted, clamped = reasons.count("accepted"), reasons.count("clamped")
+    declined = len(reasons) - accepted - clamped
     overhead = sum(r["scheduler_seconds"] for r in records) / sum(r["seconds"] for r in records)
     return (
         f"train loss {loss:.4g} | {result} | final rate {records[-1]['lr']:.3g} | "
-        f"updates: {accepted:.0%} accepted, {clamped:.0%} clamped, {1 - accepted - clamped:.0%} declined | "
+        f"updates: {accepted / len(reasons):.0%} accepted, {clamped / len(reasons):.0%} clamped, "
+        f"{declined / len(reasons):.0%} declined | "
         f"scheduler {overhead:.0%} of the step"
     )
 

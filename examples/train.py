@@ -35,7 +35,7 @@ def main() -> None:
     ranks = Ranks.from_environment()
     arguments, dataset = parse(ranks)
     if arguments.check:
-        print(f"checked: {description(arguments, dataset)}")
+        print(f"checked: {plan(arguments, dataset)}")
         return
     with ranks.connected():
         train(arguments, dataset.to(ranks.device), ranks)
@@ -63,12 +63,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
     with Recorder(scheduler, arguments.output, arguments.epochs * steps_per_epoch, ranks) as recorder:
         for epoch in range(arguments.epochs):
             for x, y in training_batches(
-                dataset,
-                arguments.batch_size,
-                epoch=epoch,
-                seed=arguments.seed,
-                rank=ranks.rank,
-                ranks=ranks.size,
+                dataset, arguments.batch_size, epoch, seed=arguments.seed, rank=ranks.rank, ranks=ranks.size
             ):
                 with recorder.timed("training"):
                     optimizer.zero_grad()
@@ -80,12 +75,13 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
                 with recorder.timed("training"):
                     optimizer.step()
                 recorder.write(loss)
-            evaluation = evaluate(model, dataset, ranks)
+            result = describe(evaluate(model, dataset, ranks), arguments.model)
+            recorder.announce(result)
 
     if ranks.rank == 0:
-        print(closing_line(recorder.records, steps_per_epoch, result(arguments.model, evaluation)))
+        print(closing_line(recorder.records, steps_per_epoch, result))
         if arguments.plot:
-            print(recorder.draw())
+            print(recorder.draw().resolve())
 
 
 def criterion(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,13 +128,13 @@ def evaluate(model: nn.Module, dataset: Dataset, ranks: Ranks) -> Evaluation:
     return Evaluation(loss_sum / labels_sum, right_sum / labels_sum)
 
 
-def result(model: str, evaluation: Evaluation) -> str:
+def describe(evaluation: Evaluation, model: str) -> str:
     if model == "gpt":
-        return f"test perplexity {math.exp(evaluation.loss):.2f} per character"
+        return f"test perplexity {math.exp(evaluation.loss):.2f}"
     return f"test accuracy {evaluation.accuracy:.1%}"
 
 
-def description(arguments: Namespace, dataset: Dataset) -> str:
+def plan(arguments: Namespace, dataset: Dataset) -> str:
     return (
         f"{arguments.model} on {len(dataset.train_x)} examples of {arguments.data}, "
         f"{arguments.epochs} epochs in batches of {arguments.batch_size}, {arguments.parallel}, "

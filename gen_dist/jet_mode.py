@@ -50,6 +50,9 @@ class JetMode(TorchFunctionMode):
         if function is _set_grad_enabled:
             self._note_grad_mode(args[0])
             return function(*args)
+        kind = getattr(function, "__name__", "")
+        if kind == "__set__" or (kind == "__get__" and function not in _detach and id(args[0]) not in self.table):
+            return function(*args)  # an attribute of this very tensor, such as `data` or `grad`
         args, kwargs = self._replaced(args), self._replaced(kwargs or {})
         if self.stopped or function in _detach:
             return function(*_values(args), **_values(kwargs))
@@ -101,9 +104,11 @@ def _refuse_custom_function(args: Any, kwargs: Any) -> None:
     """Gradients are off although the program did not stop them: this is the forward of an autograd.Function."""
     if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
         return
-    for name in _running_functions():
-        if name != "CheckpointFunction":  # reentrant checkpointing only runs the program
-            raise UnsupportedOperation(f"the custom autograd.Function '{name}'", "may declare another gradient")
+    for function in _running_functions():
+        # PyTorch's own, such as reentrant checkpointing and the moves of DTensors, declare the gradient of what they do
+        if not function.__module__.startswith("torch."):
+            name = f"the custom autograd.Function '{function.__name__}'"
+            raise UnsupportedOperation(name, "may declare another gradient than that of its forward code")
 
 
 def _leaves(arguments: Any) -> Iterator[Any]:
@@ -116,11 +121,11 @@ def _leaves(arguments: Any) -> Iterator[Any]:
         yield arguments
 
 
-def _running_functions() -> Iterator[str]:
-    """Names of the autograd.Functions whose forward is on the stack, innermost first."""
+def _running_functions() -> Iterator[type]:
+    """The autograd.Functions whose forward is on the stack, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
         context = frame.f_locals.get("ctx")
         if frame.f_code.co_name == "forward" and isinstance(context, torch.autograd.function.BackwardCFunction):
-            yield type(context).__name__.removesuffix("Backward")
+            yield type(context)._forward_cls  # type: ignore[attr-defined]
         frame = frame.f_back  # type: ignore[assignment]

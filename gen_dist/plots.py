@@ -85,9 +85,11 @@ def _read(path: str | Path) -> list[Record]:
 def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     steps = _column(records, "step")
     losses = _column(records, "loss")
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    logarithmic = bool(finite) and 0 < 20 * min(finite) < max(finite)
     axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
-    axes.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.8, label="running mean")
-    if 0 < 20 * min(losses) < max(losses):
+    axes.plot(steps, _smoothed(losses, logarithmic), color=BLUE, linewidth=1.8, label="running mean")
+    if logarithmic:
         axes.set_yscale("log")
     axes.set(title="Training loss", xlabel="step", ylabel="loss")
     axes.margins(x=0.02)
@@ -107,11 +109,23 @@ def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
             axes.scatter(_column(marked, "step"), _column(marked, "lr"), label=kind, zorder=3, **mark)
     for bound in ("lr_min", "lr_max"):
         _draw_bound(axes, records, bound)
-    axes.set_yscale("log", nonpositive="mask")
     axes.set(title="Learning rate", xlabel="step", ylabel="learning rate")
     axes.margins(x=0.02, y=0.12)
+    if any(rate > 0 for rate in _column(records, "lr")):
+        _scale_rates(axes)
     if axes.collections:
         _put_legend_beside_title(axes)
+
+
+def _scale_rates(axes: "Axes") -> None:
+    """A logarithmic axis, with plain numbers between the powers of ten where these are few."""
+    axes.set_yscale("log", nonpositive="mask")
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("")
+    if highest < 100 * lowest:
+        axes.set_yscale("log", subs=(2, 5), nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
@@ -139,8 +153,8 @@ def _draw_line(axes: "Axes", line: Line) -> None:
     if 0 < margin < math.inf:
         # A parabola that leaves the loss far behind would flatten everything else.
         axes.set_ylim(lowest - margin, highest + margin)
-    axes.ticklabel_format(useOffset=False)
     axes.locator_params(nbins=5)
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _put_legend_beside_title(axes: "Axes") -> None:
@@ -164,12 +178,14 @@ def _column(records: Iterable[Record], name: str) -> list[float]:
     return [math.nan if record[name] is None else record[name] for record in records]
 
 
-def _smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
-    """The exponentially weighted mean so far, the unfinished weight of its start divided out."""
-    smoothed, mean, weight = [], 0.0, 0.0
+def _smoothed(values: Sequence[float], logarithmic: bool, memory: float = 0.9) -> list[float]:
+    """The exponentially weighted mean so far, of the logarithms if the eye sees those; NaN until there is one."""
+    smoothed, total, weight = [], 0.0, 0.0
     for value in values:
+        total, weight = memory * total, memory * weight
         if math.isfinite(value):
-            mean = memory * mean + (1 - memory) * value
-            weight = memory * weight + (1 - memory)
-        smoothed.append(mean / weight if weight else math.nan)
+            total += math.log(value) if logarithmic else value
+            weight += 1
+        mean = total / weight if weight else math.nan
+        smoothed.append(math.exp(mean) if logarithmic else mean)
     return smoothed

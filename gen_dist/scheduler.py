@@ -154,7 +154,7 @@ class GenScheduler(LRScheduler):
         """NaN or infinity in any gradient must not enter the optimizer's state. Shards need the other ranks' word."""
         gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
         bad = torch.tensor(not _all_finite(gradients))
-        return not (self.ranks.any(bad) if sharding.gradient_is_sharded(parameters) else bad).item()
+        return not (self.ranks.any(bad) if sharding.gradient_is_sharded(self.model, parameters) else bad).item()
 
     def _measured(
         self, line: Line, weight: float, loss: Tensor | None, finite: bool
@@ -173,7 +173,7 @@ class GenScheduler(LRScheduler):
         settings = self._settings(line)
         mark = zlib.crc32(settings.encode()) % 2**20  # its square, summed, stays exact in float64
         flags = torch.tensor([weight, failure is not None, not finite, mark, mark**2], dtype=torch.float64)
-        g_dot_d = _inner_product(line.direction, self.ranks.size)
+        g_dot_d = _inner_product(self.model, line.direction, self.ranks.size)
         share = weight * phi if weight else torch.zeros_like(phi)  # an empty slice may well have a NaN for its mean
         packed = torch.cat([flags.to(share.device), share, g_dot_d.to(share.device)])
         total, failed, not_finite, marks, squares, *sums, g_d = self.ranks.sum(packed).tolist()
@@ -350,15 +350,15 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
-def _inner_product(direction: Direction, ranks: int) -> Tensor:
+def _inner_product(model: nn.Module, direction: Direction, ranks: int) -> Tensor:
     """This rank's part of `g.d`, shape `(1,)`: a sum over ranks counts every parameter once."""
     parts = [torch.zeros((), dtype=torch.float64)]
     for _, ratio, parameters, updates in direction:
-        for parameter, update in zip(parameters, updates, strict=True):
+        counts = sharding.replica_counts(model, parameters, ranks)
+        for parameter, update, count in zip(parameters, updates, counts, strict=True):
             gradient = sharding.local(parameter.grad)  # type: ignore[arg-type]
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            dot = _dot(gradient.flatten(), update.flatten())
-            parts.append(dot.double() * (ratio / sharding.replicas(parameter, ranks)))
+            parts.append(_dot(gradient.flatten(), update.flatten()).double() * (ratio / count))
     device = parts[-1].device
     return torch.stack([part.to(device) for part in parts]).sum().reshape(1)
 

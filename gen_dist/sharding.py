@@ -1,13 +1,13 @@
 """What this rank holds of a model, and how to run it from there: all that differs between kinds of parallelism.
 
-Plain replicas, DDP and FSDP2 (with its meshes) are told apart here and nowhere else. A new kind of parallelism is
-added by answering, for it, the questions that the functions below ask.
+Plain replicas, DDP, FSDP2 and DTensors on any mesh, and FSDP1 are told apart here and nowhere else. A new kind of
+parallelism is added by answering, for it, the questions that the functions below ask.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate
 
     WRAPPERS: tuple[type, ...] = (DistributedDataParallel, FullyShardedDataParallel)
 else:  # a build of torch for one process
@@ -33,7 +33,7 @@ __all__ = [
     "needs_averaging",
     "placed_like",
     "process_group_of",
-    "replicas",
+    "replica_counts",
     "reshard",
 ]
 
@@ -63,20 +63,41 @@ def placed_like(part: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def replicas(parameter: Tensor, ranks: int) -> int:
-    """How many of the ranks hold the same part of a parameter as this one."""
-    if not isinstance(parameter, DTensor):
-        return ranks
-    shards = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        if isinstance(placement, Shard) or placement.is_shard():
-            shards *= size
-    return max(ranks // shards, 1)
+def replica_counts(model: nn.Module, parameters: Sequence[Tensor], ranks: int) -> list[int]:
+    """For each parameter, how many of the ranks hold the same part of it as this one."""
+    flat = _flat_parameters(model)
+
+    def count(parameter: Tensor) -> int:
+        shards = 1
+        if isinstance(parameter, DTensor):
+            for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+                shards *= 1 if placement.is_replicate() else size
+        elif id(parameter) in flat:
+            unit = flat[id(parameter)]
+            shards = unit.process_group.size() if unit._handle.uses_sharded_strategy else 1
+        return max(ranks // shards, 1)
+
+    return [count(parameter) for parameter in parameters]
 
 
-def gradient_is_sharded(parameters: list[Tensor]) -> bool:
+def gradient_is_sharded(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
     """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""
-    return any(isinstance(p, DTensor) for p in parameters)
+    return any(isinstance(p, DTensor) for p in parameters) or bool(_flat_parameters(model))
+
+
+def _fsdp1_units(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, FullyShardedDataParallel) and m._handle is not None]
+
+
+def _flat_parameters(model: nn.Module) -> dict[int, Any]:
+    """By identity, the parameters that FSDP1 keeps in flat ones, each with its unit."""
+    return {id(p): unit for unit in _fsdp1_units(model) for p in _fsdp1_parameters(unit)}
+
+
+def _fsdp1_parameters(unit: Any) -> list[Tensor]:
+    """What an optimizer sees of a unit: the original parameters, or the flat one."""
+    flat = unit._handle.flat_param
+    return list(flat._params) if unit._handle._use_orig_params else [flat]
 
 
 def needs_averaging(model: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
@@ -121,13 +142,16 @@ def _inner_forward(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights: FSDP2 keeps its root's after a forward pass, and would use them again.
+    """Let go of gathered weights: FSDP keeps its root's after a forward pass, and would use them again.
 
     Without it a change of the shards between two forward passes goes unseen, and silently.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for unit in _fsdp1_units(model):
+        if unit._handle.uses_sharded_strategy:
+            unit._handle.reshard(free_unsharded_flat_param=True)
 
 
 @contextlib.contextmanager
@@ -136,74 +160,159 @@ def moving_weights(
 ) -> Iterator[dict[int, Tensor]]:
     """Yield a table, by identity, of what stands for each weight in a forward pass of the model.
 
-    `velocities` maps the optimizer's parameters to local parts. Plain weights are in the table throughout. Weights
-    of an FSDP2 unit are there while the unit runs, that is while it holds them whole; their velocities are
-    gathered then, and let go with them. Raises `ValueError` for a parameter that is not the model's.
+    `velocities` maps the optimizer's parameters to local parts. Weights that this rank holds as it uses them are in the
+    table throughout. Those of an FSDP unit are there while the unit runs, that is while it holds them whole; their
+    velocities are gathered then, and let go with them. Raises `ValueError` for a parameter that is not the model's.
     """
     table: dict[int, Tensor] = {}
-    units: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
-    found: set[int] = set()
+    units: list[_Unit] = [_Fsdp1Unit(unit, velocities) for unit in _fsdp1_units(model)]
+    fsdp2: dict[nn.Module, _Fsdp2Unit] = {}
+    found = {id(p) for unit in _fsdp1_units(model) for p in _fsdp1_parameters(unit)}
     for unit, module in _modules_with_unit(model):
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter not in velocities:
+            if parameter is None or parameter not in velocities or id(parameter) in _flat_parameters(model):
                 continue
             found.add(id(parameter))
-            if isinstance(parameter, DTensor):
-                if unit is None:
-                    raise ValueError(
-                        f"parameter '{name}' is a DTensor outside of fully_shard (tensor parallel), which "
-                        "exact curvature does not handle: use curvature='forward'"
-                    )
-                units.setdefault(unit, []).append((module, name, parameter))
+            if isinstance(parameter, DTensor) and unit is not None:
+                of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities))
+                of_unit.weights.append((module, name, parameter))
             else:
-                table[id(parameter)] = substitute(parameter.detach(), velocities[parameter])
+                table[id(parameter)] = _stand_in(parameter.detach(), velocities[parameter], substitute)
     _refuse_strangers(velocities, found)
+    units += fsdp2.values()
 
-    handles = []
-    ran: set[nn.Module] = set()
-    for unit, weights in units.items():
-        gather, release = _unit_hooks(weights, velocities, substitute, table, ran)
-        handles.append(unit.register_forward_pre_hook(gather))  # after FSDP's own: the weights are whole
-        handles.append(unit.register_forward_hook(release, prepend=True))  # before FSDP lets them go
+    handles = [handle for unit in units for handle in unit.hook(table, substitute)]
     try:
         yield table
     finally:
         for handle in handles:
             handle.remove()
-    for unit in units.keys() - ran:
-        raise ValueError(
-            f"the weights of {type(unit).__name__} have a gradient, but its forward did not run (was it called by "
-            "another method?), so exact curvature did not see them move: use curvature='forward'"
-        )
+    for each in units:
+        each.check_that_it_ran()
 
 
-def _unit_hooks(
-    weights: list[tuple[nn.Module, str, Tensor]],
-    velocities: Mapping[Tensor, Tensor],
-    substitute: Substitute,
-    table: dict[int, Tensor],
-    ran: set[nn.Module],
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    present: list[Tensor] = []  # keeps the gathered weights alive, so that their identities stay theirs
+def _stand_in(weight: Tensor, velocity: Tensor, substitute: Substitute) -> Tensor:
+    """What stands for a weight; inside a DTensor its local part is replaced."""
+    if not isinstance(weight, DTensor):
+        return substitute(weight, velocity.to(weight.dtype))
+    part = substitute(weight._local_tensor, velocity.to(weight.dtype))
+    return cast(Tensor, DTensor(part, weight._spec, requires_grad=False))  # type: ignore[call-arg]
 
-    def gather(unit: nn.Module, *_: Any) -> None:
-        release()
-        ran.add(unit)
-        for module, name, sharded in weights:
-            whole = module._parameters[name]
-            assert whole is not None
-            assert not isinstance(whole, DTensor), "FSDP gathers before its units run"
-            if id(whole) not in table:  # tied weights are one
-                velocity = placed_like(velocities[sharded], sharded).full_tensor()  # type: ignore[attr-defined]
-                table[id(whole)] = substitute(whole.detach(), velocity.to(whole.dtype))
-                present.append(whole)
 
-    def release(*_: Any) -> None:
-        for whole in present:
-            table.pop(id(whole), None)
-        present.clear()
+class _Unit:
+    """A module that holds weights whole only while it runs: gathers their velocities for that time."""
 
-    return gather, release
+    def __init__(self, module: nn.Module, velocities: Mapping[Tensor, Tensor]) -> None:
+        self.module = module  # hooks go here: inside of FSDP's own
+        self.velocities = velocities
+        self.has_run = False
+
+    def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The unit's weights as it uses them, each with its velocity, gathered. Collective."""
+        raise NotImplementedError
+
+    def moves(self) -> bool:
+        raise NotImplementedError
+
+    def hook(self, table: dict[int, Tensor], substitute: Substitute) -> list[Any]:
+        present: list[Tensor] = []  # keeps the gathered weights alive, so that their identities stay theirs
+
+        def gather(*_: Any) -> None:
+            release()
+            self.has_run = True
+            for weight, velocity in self.whole():
+                table[id(weight)] = _stand_in(weight.detach(), velocity, substitute)
+                present.append(weight)
+
+        def release(*_: Any) -> None:
+            for weight in present:
+                table.pop(id(weight), None)
+            present.clear()
+
+        # after FSDP has gathered the weights, and before it lets them go
+        before = self.module.register_forward_pre_hook(gather)
+        return [before, self.module.register_forward_hook(release, prepend=True)]
+
+    def check_that_it_ran(self) -> None:
+        if self.moves() and not self.has_run:
+            raise ValueError(
+                f"the weights of {type(self.module).__name__} have a gradient, but its forward did not run (was it "
+                "called by another method?), so exact curvature did not see them move: use curvature='forward'"
+            )
+
+
+class _Fsdp2Unit(_Unit):
+    def __init__(self, module: nn.Module, velocities: Mapping[Tensor, Tensor]) -> None:
+        super().__init__(module, velocities)
+        self.weights: list[tuple[nn.Module, str, DTensor]] = []
+
+    def moves(self) -> bool:
+        return bool(self.weights)
+
+    def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen: set[int] = set()
+        for module, name, sharded in self.weights:
+            weight = module._parameters[name]
+            assert weight is not None
+            if id(weight) not in seen:  # tied weights are one
+                seen.add(id(weight))
+                velocity = cast(DTensor, placed_like(self.velocities[sharded], sharded))
+                # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
+                kept = sharded.placements[-weight.device_mesh.ndim :] if isinstance(weight, DTensor) else ()
+                gathered = [Replicate()] * (len(sharded.placements) - len(kept))
+                yield weight, velocity.redistribute(placements=[*gathered, *kept]).to_local()
+
+
+class _Fsdp1Unit(_Unit):
+    """FSDP1 keeps a unit's weights in one flat parameter, of which each rank has a piece."""
+
+    def __init__(self, wrapper: Any, velocities: Mapping[Tensor, Tensor]) -> None:
+        super().__init__(wrapper._fsdp_wrapped_module, velocities)
+        self.wrapper = wrapper
+        self.handle, self.group = wrapper._handle, wrapper.process_group
+        self.parameters = _fsdp1_parameters(wrapper)
+
+    def moves(self) -> bool:
+        return any(p in self.velocities for p in self.parameters)
+
+    def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
+        flat = self.handle.flat_param
+        velocity = self._flat_velocity()
+        if self.handle.uses_sharded_strategy:
+            gathered = velocity.new_empty(velocity.numel() * self.group.size())
+            dist.all_gather_into_tensor(gathered, velocity, group=self.group)
+            velocity = gathered
+        velocities = self.handle._get_unflat_views(velocity[: flat._unpadded_unsharded_size.numel()])
+        for (name, module, _), of_weight in zip(flat._param_infos, velocities, strict=True):
+            yield getattr(module, name), of_weight
+
+    def hook(self, table: dict[int, Tensor], substitute: Substitute) -> list[Any]:
+        # With gradients enabled the wrapper would prepare for a backward pass that does not come, and fail in the next
+        # one: they are enabled for the module inside alone.
+        return [
+            self.wrapper.register_forward_pre_hook(lambda *_: _enable_gradients(False)),
+            self.module.register_forward_pre_hook(lambda *_: _enable_gradients(True)),
+            *super().hook(table, substitute),
+            self.module.register_forward_hook(lambda *_: _enable_gradients(False)),
+            self.wrapper.register_forward_hook(lambda *_: _enable_gradients(True)),
+        ]
+
+    def _flat_velocity(self) -> Tensor:
+        """This rank's piece of the flat velocity: put together from those of the original parameters, or as it is."""
+        flat = self.handle.flat_param
+        velocity = torch.zeros_like(flat._local_shard if self.handle.uses_sharded_strategy else flat)
+        if not self.handle._use_orig_params:
+            return self.velocities.get(flat, velocity)
+        for parameter, info in zip(self.parameters, flat._shard_param_infos, strict=True):
+            if info.in_shard and parameter in self.velocities:
+                piece = velocity[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+                piece.copy_(self.velocities[parameter].flatten())
+        return velocity
+
+
+def _enable_gradients(enabled: bool) -> None:
+    with torch._C.DisableTorchFunction():  # not the program's own doing, which a mode may follow
+        torch._C._set_grad_enabled(enabled)
 
 
 def _modules_with_unit(model: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module]]:

@@ -6,6 +6,15 @@ them, so rules may share them. What has no rule here is taken apart by PyTorch's
 that have one; what has neither is refused by name.
 """
 
-from gen_dist.jet_rules import attention, dispatch, elementwise, losses, normalisation, products, reductions
+from gen_dist.jet_rules import (
+    attention,
+    communication,
+    dispatch,
+    elementwise,
+    losses,
+    normalisation,
+    products,
+    reductions,
+)
 
-__all__ = ["attention", "dispatch", "elementwise", "losses", "normalisation", "products", "reductions"]
+__all__ = ["attention", "communication", "dispatch", "elementwise", "losses", "normalisation", "products", "reductions"]

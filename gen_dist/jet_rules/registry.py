@@ -55,9 +55,7 @@ LINEAR = frozenset(
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa im2col col2im "
-    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle block_diag movedim "
-    "_c10d_functional::wait_tensor _c10d_functional::all_gather_into_tensor "
-    "_c10d_functional::reduce_scatter_tensor _c10d_functional::all_to_all_single _c10d_functional::all_reduce".split()
+    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle block_diag movedim".split()
 )
 
 
@@ -68,8 +66,6 @@ def linear(operation: OpOverload) -> Callable[..., Any]:
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Jet):
                 raise UnsupportedOperation(operation, "has a moving argument besides its first one")
-        if "_c10d_functional" in name_of(operation) and args[0] in ("max", "min", "product"):
-            raise UnsupportedOperation(operation)
         value = operation(_part(x, 0), *args, **kwargs)
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()):

@@ -68,7 +68,9 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
-        print(f"model {size / MIB:.1f} MiB, a block {block / MIB:.1f} MiB, a shard of {ranks} {size / MIB / ranks:.1f} MiB")
+        print(
+            f"model {size / MIB:.1f} MiB, a block {block / MIB:.1f} MiB, a shard of {ranks} {size / MIB / ranks:.1f} MiB"
+        )
         print("peak extra memory of one rank:")
         for what, peak in peaks.items():
             print(f"  {what:<34} {peak / MIB:6.1f} MiB")
