@@ -196,7 +196,7 @@ def _stand_in(weight: Tensor, velocity: Tensor, substitute: Substitute) -> Tenso
     if not isinstance(weight, DTensor):
         return substitute(weight, velocity.to(weight.dtype))
     part = substitute(weight._local_tensor, velocity.to(weight.dtype))
-    return cast(Tensor, DTensor(part, weight._spec, requires_grad=False))  # type: ignore[call-arg]
+    return cast(Tensor, DTensor(part, weight._spec, requires_grad=False))
 
 
 class _Unit:

@@ -79,7 +79,7 @@ def train(
 def finite_differences(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], d: Sequence[Tensor], h: float, probes: int
 ) -> tuple[float, float]:
-    """`(g.d, d'Hd)` from the loss at `-h`, `0` and `h` along `theta - a d`; with one probe the slope is the gradient's."""
+    """`(g.d, d'Hd)` from the loss at `-h`, `0`, `h` along `theta - a d`; with one probe the slope is the gradient's."""
     start = [p.detach().clone() for p in parameters]
 
     def at(a: float) -> float:

@@ -144,7 +144,12 @@ KINDS: dict[str, Parallel] = {
     "tp": tensor_parallel,
     "fsdp2 x tp": fsdp2_tensor_parallel,
 }
-ESTIMATORS = {"exact": ("exact", 2), "gauss-newton": ("gauss-newton", 2), "forward-2": ("forward", 2), "forward-1": ("forward", 1)}  # fmt: skip
+ESTIMATORS = {
+    "exact": ("exact", 2),
+    "gauss-newton": ("gauss-newton", 2),
+    "forward-2": ("forward", 2),
+    "forward-1": ("forward", 1),
+}
 
 
 def train(kind: str, curvature: str, probes: int) -> list[tuple[float, ...]]:

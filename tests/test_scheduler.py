@@ -1,4 +1,4 @@
-"""What one process sees of the scheduler: the closed form, the fallbacks, laziness, and errors that say what to type."""
+"""The scheduler in one process: the closed form, the fallbacks, laziness, and errors that say what to type."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/fsdp2_memory.py [--width 512 --depth 8]
 
 Finding the direction needs two shards for a moment, and holds one. On top of that, while a block runs, `exact` needs
-that block's weights (as any forward pass does) and its direction, whole, and the jets of its activations; never the whole
-model, and no graph. Activations are small here: a batch of one.
+that block's weights (as any forward pass does) and its direction, whole, and the jets of its activations; never the
+whole model, and no graph. Activations are small here: a batch of one.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
-        print(
-            f"model {size / MIB:.1f} MiB, a block {block / MIB:.1f} MiB, a shard of {ranks} {size / MIB / ranks:.1f} MiB"
-        )
+        print(f"model {size / MIB:.1f} MiB, a block {block / MIB:.1f} MiB, a shard {size / MIB / ranks:.1f} MiB")
         print("peak extra memory of one rank:")
         for what, peak in peaks.items():
             print(f"  {what:<34} {peak / MIB:6.1f} MiB")

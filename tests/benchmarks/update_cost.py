@@ -95,7 +95,15 @@ def gen_optim(name: str) -> Iteration:
     def iteration() -> None:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
-        lr_parabola(model, optimizer, criterion, tr_iter=iter([(x, y)]), device="cpu", task="image_cls", lr_factor=[-1, 0, 1])  # fmt: skip
+        lr_parabola(
+            model,
+            optimizer,
+            criterion,
+            tr_iter=iter([(x, y)]),
+            device="cpu",
+            task="image_cls",
+            lr_factor=[-1, 0, 1],
+        )
         optimizer.step()
 
     return iteration
