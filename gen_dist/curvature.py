@@ -36,8 +36,8 @@ class Estimator(Protocol):
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
         """Three float64 numbers of this rank's slice; `distance` is a rate to probe at, `loss` the known `phi(0)`."""
 
-    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, rounding: float) -> Quadratic:
-        """The parabola, from the numbers averaged over ranks."""
+    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
+        """The parabola, from the numbers averaged over ranks; `noise` is that of the line, relative to the loss."""
 
 
 class Exact:
@@ -46,7 +46,7 @@ class Exact:
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
         return line.jet()
 
-    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, rounding: float) -> Quadratic:
+    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         return Quadratic(*measured)
 
 
@@ -81,13 +81,13 @@ class Forward:
             losses = torch.cat([loss.detach().double().reshape(1).to(losses.device), losses])
         return losses if self.probes == 2 else torch.cat([losses, losses[1:]])
 
-    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, rounding: float) -> Quadratic:
+    def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         here, ahead, behind = measured
-        noise = 8 * rounding * abs(here) / distance**2
+        uncertain = noise * abs(here) / distance**2
         if self.probes == 1:
-            return Quadratic(here, -g_dot_d, 2 * (ahead - here + distance * g_dot_d) / distance**2, noise)
+            return Quadratic(here, -g_dot_d, 2 * (ahead - here + distance * g_dot_d) / distance**2, uncertain)
         slope = (ahead - behind) / (2 * distance)
-        return Quadratic(here, slope, (ahead - 2 * here + behind) / distance**2, noise)
+        return Quadratic(here, slope, (ahead - 2 * here + behind) / distance**2, uncertain)
 
 
 ESTIMATORS = ("exact", "gauss-newton", "forward")

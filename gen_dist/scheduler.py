@@ -47,6 +47,15 @@ class Update(NamedTuple):
         return self.reason in (ACCEPTED, CLAMPED)
 
 
+class Measured(NamedTuple):
+    """The same on every rank: the estimator's numbers, `g.d`, the noise of the loss, whether gradients were finite."""
+
+    phi: list[float]
+    g_dot_d: float
+    noise: float
+    finite: bool
+
+
 class GenScheduler(LRScheduler):
     """Sets the learning rate of a `GenOptimizer` to the minimum of the loss along its direction (GeN).
 
@@ -93,9 +102,8 @@ class GenScheduler(LRScheduler):
         if process_group is None:
             process_group = sharding.process_group_of(model)
         self.ranks = Ranks(process_group)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
-        self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        self.base_lrs: list[float | Tensor] = []
+        self._adopt_new_groups()
         self.last_epoch = 0
         self.last: Update | None = None
         self._rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
@@ -120,14 +128,16 @@ class GenScheduler(LRScheduler):
             batches: instead, a list of `(x, y)` or closures, whose losses are averaged (gradient accumulation).
             weight: this rank's share where slices are unequal, such as its number of samples or tokens. On plain
                 replicas the gradients are averaged with it too; in DDP and FSDP scale the loss that you call
-                backward on by `weight * ranks / total weight`.
+                backward on by `weight * ranks / total weight`. A rank that has run out of data calls
+                `step(weight=0)`.
             loss: the loss of the training step on the same batch, which saves `'forward'` one pass.
 
         Every rank calls it. Raises `ValueError` or `TypeError` on a wrong call; an error in the model or the closure is
         raised on every rank, with the weights as they were.
         """
-        slices = self._batches(x, y, closure, batches)
         weight = _checked_weight(weight)
+        slices = self._batches(x, y, closure, batches, weight)
+        self._adopt_new_groups()
         due = self.last_epoch % self.update_every == 0
         self.last_epoch += 1
 
@@ -141,11 +151,11 @@ class GenScheduler(LRScheduler):
         else:
             self.optimizer.skip_step()
         line = Line(self.model, self.optimizer.direction or Direction(), slices)
-        phi, g_dot_d, finite = self._measured(line, weight, loss, finite)
-        if not finite:
+        measured = self._measured(line, weight, loss, finite)
+        if not measured.finite:
             self.optimizer.skip_step()
-        parabola = self.estimator.parabola(phi, self._probe, g_dot_d, line.rounding)
-        self._cross_check(parabola, g_dot_d)
+        parabola = self.estimator.parabola(measured.phi, self._probe, measured.g_dot_d, measured.noise)
+        self._cross_check(parabola, measured.g_dot_d)
         self._set(parabola, decide(parabola, self._rate, self.lr_min, self.lr_max))
 
     # ---------------------------------------------------------------------------------- the parts of a step
@@ -156,33 +166,34 @@ class GenScheduler(LRScheduler):
         bad = torch.tensor(not _all_finite(gradients))
         return not (self.ranks.any(bad) if sharding.gradient_is_sharded(self.model, parameters) else bad).item()
 
-    def _measured(
-        self, line: Line, weight: float, loss: Tensor | None, finite: bool
-    ) -> tuple[list[float], float, bool]:
-        """The estimator's numbers and `g.d` over all ranks, by one reduction; whether all gradients were finite.
+    def _measured(self, line: Line, weight: float, loss: Tensor | None, finite: bool) -> Measured:
+        """What the estimator sees of the line, over all ranks, by one reduction.
 
         Raises on every rank what went wrong on any.
         """
         failure: Exception | None = None
         phi = torch.full((3,), math.nan, dtype=torch.float64)
         try:
-            if finite:
+            if finite and line.batches:
                 phi = self.estimator.measure(line, self._probe, loss)
         except Exception as error:
             failure = error
         settings = self._settings(line)
         mark = zlib.crc32(settings.encode()) % 2**20  # its square, summed, stays exact in float64
-        flags = torch.tensor([weight, failure is not None, not finite, mark, mark**2], dtype=torch.float64)
-        g_dot_d = _inner_product(self.model, line.direction, self.ranks.size)
+        seen = bool(line.batches)  # a rank without data cannot know how many batches there are
+        marks = [seen, seen * mark, seen * mark**2, seen * line.noise]
+        flags = torch.tensor([weight, failure is not None, not finite, *marks], dtype=torch.float64)
+        product = _inner_product(self.model, line.direction, self.ranks.size)
         share = weight * phi if weight else torch.zeros_like(phi)  # an empty slice may well have a NaN for its mean
-        packed = torch.cat([flags.to(share.device), share, g_dot_d.to(share.device)])
-        total, failed, not_finite, marks, squares, *sums, g_d = self.ranks.sum(packed).tolist()
+        packed = torch.cat([flags.to(share.device), share, product.to(share.device)])
+        total, failed, not_finite, count, sum_of_marks, squares, noise, *sums, g_dot_d = self.ranks.sum(packed).tolist()
         if failed:
             raise self._failure(failure)
-        if self.ranks.size * squares != marks**2:
+        if count * squares != sum_of_marks**2:
             said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.ranks.texts(settings)))
             raise ValueError(f"the ranks disagree on the scheduler's settings, which must be the same: {said}")
-        return [s / total if total else math.nan for s in sums], g_d, not not_finite
+        mean = [s / total if total else math.nan for s in sums]
+        return Measured(mean, g_dot_d, noise / max(count, 1), not not_finite)
 
     def _settings(self, line: Line) -> str:
         return (
@@ -204,8 +215,9 @@ class GenScheduler(LRScheduler):
             self._warned = True
             logger.warning(
                 "the loss falls along the direction at rate %.3g, while the gradients say %.3g (told once). That is "
-                "as it should be if they were clipped, or if the model draws random numbers; otherwise "
-                "scheduler.step was given another batch or another loss than backward().",
+                "as it should be if they were clipped, or if the model draws random numbers; otherwise the gradients "
+                "are still scaled (scaler.unscale_(optimizer) comes first), or scheduler.step was given another "
+                "batch or another loss than backward().",
                 -slope,
                 g_dot_d,
             )
@@ -220,8 +232,16 @@ class GenScheduler(LRScheduler):
         elif self.last.accepted and decision.lr > 0:
             self._probe = decision.lr
 
-    def _batches(self, x: Any, y: Any, closure: Any, batches: Any) -> list[Batch]:
+    def _adopt_new_groups(self) -> None:
+        """Groups may come later by `add_param_group`: they keep the ratio of the rate that they come with."""
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            group.setdefault("initial_lr", float(group["lr"]))
+            self.base_lrs.append(float(group["initial_lr"]))
+
+    def _batches(self, x: Any, y: Any, closure: Any, batches: Any, weight: float) -> list[Batch]:
         given = [name for name, value in (("x", x), ("closure", closure), ("batches", batches)) if value is not None]
+        if not given and weight == 0:
+            return []  # this rank has run out of data
         if len(given) != 1:
             raise ValueError(
                 f"scheduler.step got {' and '.join(given) or 'no batch'}; type one of scheduler.step(x, y), "
@@ -269,7 +289,7 @@ class GenScheduler(LRScheduler):
             "last_epoch": self.last_epoch,
             "rate": self._rate,
             "probe": self._probe,
-            "base_lrs": list(self.base_lrs),
+            "base_lrs": [float(rate) for rate in self.base_lrs],
             "last": None if self.last is None else tuple(self.last),
         }
 
@@ -384,6 +404,10 @@ def _check_arguments(optimizer: Any, model: Any, criterion: Any, lr_min: Any, lr
                 f"make it by gen_dist.make_gen_optimizer({name}, model.parameters(), ...)"
             )
         raise TypeError(f"optimizer must come from gen_dist.make_gen_optimizer, got {type(optimizer).__name__}")
+    if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
+        raise TypeError(
+            "the optimizer has complex parameters, along which no curvature is defined here: keep them real"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):

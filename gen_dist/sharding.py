@@ -27,6 +27,7 @@ else:  # a build of torch for one process
 
 __all__ = [
     "bare",
+    "compute_dtypes",
     "gradient_is_sharded",
     "local",
     "moving_weights",
@@ -98,6 +99,14 @@ def _fsdp1_parameters(unit: Any) -> list[Tensor]:
     """What an optimizer sees of a unit: the original parameters, or the flat one."""
     flat = unit._handle.flat_param
     return list(flat._params) if unit._handle._use_orig_params else [flat]
+
+
+def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes that a model's weights take part in its forward pass in, by themselves or by a policy."""
+    policies = [m.mixed_precision for m in model.modules() if isinstance(m, WRAPPERS)]
+    policies += [m._get_fsdp_state()._mp_policy for m in model.modules() if isinstance(m, FSDPModule)]
+    dtypes = {p.dtype for p in model.parameters()} | {policy.param_dtype for policy in policies if policy is not None}
+    return {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
 
 
 def needs_averaging(model: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
