@@ -83,11 +83,14 @@ class Forward:
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         here, ahead, behind = measured
-        uncertain = noise * abs(here) / distance**2
+        uncertain = noise * abs(here)
         if self.probes == 1:
-            return Quadratic(here, -g_dot_d, 2 * (ahead - here + distance * g_dot_d) / distance**2, uncertain)
-        slope = (ahead - behind) / (2 * distance)
-        return Quadratic(here, slope, (ahead - 2 * here + behind) / distance**2, uncertain)
+            # the gradient's slope is rounded too, and multiplied by the distance
+            uncertain = 2 * (uncertain + 4 * noise * distance * abs(g_dot_d))
+            curvature = 2 * (ahead - here + distance * g_dot_d) / distance**2
+            return Quadratic(here, -g_dot_d, curvature, uncertain / distance**2)
+        slope, curvature = (ahead - behind) / (2 * distance), (ahead - 2 * here + behind) / distance**2
+        return Quadratic(here, slope, curvature, uncertain / distance**2)
 
 
 ESTIMATORS = ("exact", "gauss-newton", "forward")

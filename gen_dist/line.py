@@ -29,6 +29,11 @@ Criterion: TypeAlias = Callable[..., Tensor]
 ROUNDINGS_OF_LOSS = 8
 ROUNDINGS_OF_MODEL = 1
 
+# The share of a step, squared, that the rounding of half-precision weights may add. What it adds points everywhere, and
+# bends the loss by the mean curvature, which is below that along a direction of descent.
+LARGEST_MISS = 0.05
+UNRESOLVED = 1e100  # a noise above any curvature
+
 Restart: TypeAlias = Callable[[], bool]
 """Puts buffers and random state back; tells whether random numbers were drawn."""
 
@@ -78,7 +83,8 @@ class Line:
             with _moved(self.direction) as move_to, self._noting_precision():
                 values = []
                 for rate in rates:
-                    move_to(rate)
+                    if not move_to(rate):
+                        self.noise = UNRESOLVED
                     restart()
                     values.append(self._mean(batch.loss() for batch in self.batches))
                     sharding.reshard(self.model)
@@ -167,19 +173,23 @@ def _coefficients(loss: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _moved(direction: Direction) -> Iterator[Callable[[float], None]]:
-    """Yield a function that puts the weights at `theta - a d`; they are back, bit for bit, afterwards."""
+def _moved(direction: Direction) -> Iterator[Callable[[float], bool]]:
+    """Yield a function that puts the weights at `theta - a d`; they are back, bit for bit, afterwards.
+
+    It tells whether the weights could go there: a step below the rounding of half-precision weights takes them elsewhere.
+    """
     groups = [([sharding.local(p) for p in g.parameters], g.updates, g.ratio) for g in direction]
     before = [[shard.clone() for shard in shards] for shards, _, _ in groups]
     at = 0.0
 
-    def move_to(rate: float) -> None:
+    def move_to(rate: float) -> bool:
         nonlocal at
         torch.clear_autocast_cache()  # it would keep casts of the weights as they were
         if rate != at:
             for shards, updates, ratio in groups:
                 torch._foreach_add_(shards, updates, alpha=(at - rate) * ratio)
         at = rate
+        return rate == 0 or _arrived(groups, before, rate)
 
     try:
         yield move_to
@@ -187,6 +197,18 @@ def _moved(direction: Direction) -> Iterator[Callable[[float], None]]:
         for (shards, _, _), theta in zip(groups, before, strict=True):
             torch._foreach_copy_(shards, theta)
         torch.clear_autocast_cache()
+
+
+def _arrived(groups: list[tuple[list[Tensor], list[Tensor], float]], before: list[list[Tensor]], rate: float) -> bool:
+    """Whether half-precision weights are where they should be: what rounding adds to the step is small beside it."""
+    meant = missed = 0.0
+    for (shards, updates, ratio), starts in zip(groups, before, strict=True):
+        for shard, update, start in zip(shards, updates, starts, strict=True):
+            if shard.dtype in (torch.float16, torch.bfloat16):
+                step = update.float() * (rate * ratio)
+                meant += step.square().sum().item()
+                missed += (start.float() - shard.float() - step).square().sum().item()
+    return missed <= LARGEST_MISS * meant
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def _fsdp1_parameters(unit: Any) -> list[Tensor]:
 
 def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
     """The dtypes that a model's weights take part in its forward pass in, by themselves or by a policy."""
-    policies = [m.mixed_precision for m in model.modules() if isinstance(m, WRAPPERS)]
+    policies: list[Any] = [m.mixed_precision for m in model.modules() if isinstance(m, WRAPPERS)]
     policies += [m._get_fsdp_state()._mp_policy for m in model.modules() if isinstance(m, FSDPModule)]
     dtypes = {p.dtype for p in model.parameters()} | {policy.param_dtype for policy in policies if policy is not None}
     return {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import ranks
+import rank_pool
 import torch
 
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], ranks.Pool]]:
+def pool() -> Iterator[Callable[[int], rank_pool.Pool]]:
     """`pool(n)` is a group of n ranks."""
-    yield ranks.pool
-    ranks.close_all()
+    yield rank_pool.pool
+    rank_pool.close_all()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from ranks import Pool
+from rank_pool import Pool
 from test_distributed import BATCH, KINDS, boundaries, criterion, data, new_model, parallel
 from torch import Tensor, nn
 

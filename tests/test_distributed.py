@@ -10,7 +10,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import Pool
+from rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
