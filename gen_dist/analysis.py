@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gen_dist import sharding
 from gen_dist.collectives import Ranks
 from gen_dist.line import Batch, Criterion, Line
 from gen_dist.optimizer import Direction, GenOptimizer, measure_direction
+from gen_dist.sharding import Layout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,8 +76,8 @@ def loss_per_learning_rate(
 
 
 def _line(model: nn.Module, criterion: Criterion, optimizer: Optimizer, x: Any, y: Any) -> tuple[Line, Ranks]:
-    ranks = Ranks(sharding.process_group_of(model))
-    return Line(model, _direction(optimizer), [Batch(model, criterion, x, y)]), ranks
+    layout = Layout(model)
+    return Line(layout, _direction(optimizer), [Batch(model, criterion, x, y)]), Ranks(layout.process_group)
 
 
 def _direction(optimizer: Optimizer) -> Direction:

@@ -19,6 +19,7 @@ from gen_dist import sharding
 from gen_dist.jet import Jet, derivatives, velocity_only
 from gen_dist.jet_mode import JetMode
 from gen_dist.optimizer import Direction
+from gen_dist.sharding import Layout
 
 __all__ = ["Batch", "Line"]
 
@@ -70,8 +71,9 @@ class Line:
     All results are float64 tensors on the loss's device, not reduced over ranks.
     """
 
-    def __init__(self, model: nn.Module, direction: Direction, batches: Sequence[Batch]) -> None:
-        self.model = model
+    def __init__(self, layout: Layout, direction: Direction, batches: Sequence[Batch]) -> None:
+        self.layout = layout
+        self.model = layout.model
         self.direction = direction
         self.batches = batches
         self.draws_random_numbers = False  # whether the last evaluation did
@@ -79,7 +81,7 @@ class Line:
 
     def losses(self, rates: Sequence[float]) -> Tensor:
         """`phi` at each rate, by moving the weights in place; shape `(len(rates),)`."""
-        with torch.no_grad(), sharding.bare(self.model), _undisturbed(self.model) as restart:
+        with torch.no_grad(), self.layout.bare(), _undisturbed(self.model) as restart:
             with _moved(self.direction) as move_to, self._noting_precision():
                 values = []
                 for rate in rates:
@@ -87,7 +89,7 @@ class Line:
                         self.noise = UNRESOLVED
                     restart()
                     values.append(self._mean(batch.loss() for batch in self.batches))
-                    sharding.reshard(self.model)
+                    self.layout.reshard()
                 self.draws_random_numbers = restart()
             return torch.stack(values)
 
@@ -121,9 +123,9 @@ class Line:
         with (
             torch.no_grad(),
             _uncompiled(),
-            sharding.bare(self.model),
+            self.layout.bare(),
             _undisturbed(self.model),
-            sharding.moving_weights(self.model, velocities, Jet) as table,
+            self.layout.moving_weights(velocities, Jet) as table,
         ):
             # Buffers too: what the model writes into them may move, and come back into the loss.
             table.update((id(b), Jet(b)) for b in self.model.buffers() if b.is_floating_point())
@@ -131,7 +133,7 @@ class Line:
                 with JetMode(table):
                     yield
             finally:
-                sharding.reshard(self.model)
+                self.layout.reshard()
 
     def _mean(self, losses: Iterable[Tensor]) -> Tensor:
         values = [loss.detach() for loss in losses]
@@ -141,7 +143,7 @@ class Line:
     @contextlib.contextmanager
     def _noting_precision(self) -> Iterator[None]:
         """Find the precision that the model computes in, by its weights, its policy, or an autocast around it."""
-        coarsest = max((torch.finfo(dtype).eps for dtype in sharding.compute_dtypes(self.model)), default=0.0)
+        coarsest = max((torch.finfo(dtype).eps for dtype in self.layout.compute_dtypes()), default=0.0)
         self.noise = ROUNDINGS_OF_MODEL * coarsest
 
         def note(*_: Any) -> None:
@@ -176,7 +178,7 @@ def _coefficients(loss: Tensor) -> Tensor:
 def _moved(direction: Direction) -> Iterator[Callable[[float], bool]]:
     """Yield a function that puts the weights at `theta - a d`; they are back, bit for bit, afterwards.
 
-    It tells whether the weights could go there: a step below the rounding of half-precision weights takes them elsewhere.
+    It tells whether they could go there: a step below the rounding of half-precision weights takes them elsewhere.
     """
     groups = [([sharding.local(p) for p in g.parameters], g.updates, g.ratio) for g in direction]
     before = [[shard.clone() for shard in shards] for shards, _, _ in groups]

@@ -20,6 +20,7 @@ from gen_dist.curvature import Quadratic, estimator
 from gen_dist.line import Batch, Criterion, Line
 from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
 from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, Decision, decide
+from gen_dist.sharding import Layout
 
 __all__ = ["ApproxGen", "ExactGen", "GenScheduler", "Update"]
 
@@ -99,9 +100,8 @@ class GenScheduler(LRScheduler):
         self.lr_min, self.lr_max = float(lr_min), float(lr_max)
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
         self.estimator = estimator(curvature, probes)
-        if process_group is None:
-            process_group = sharding.process_group_of(model)
-        self.ranks = Ranks(process_group)
+        self.layout = Layout(model)
+        self.ranks = Ranks(process_group if process_group is not None else self.layout.process_group)
         self.base_lrs: list[float | Tensor] = []
         self._adopt_new_groups()
         self.last_epoch = 0
@@ -142,7 +142,7 @@ class GenScheduler(LRScheduler):
         self.last_epoch += 1
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ranks.average_gradients(sharding.needs_averaging(self.model, parameters), weight)
+        self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
         self.optimizer.reset()
         if not due:
             return
@@ -150,7 +150,7 @@ class GenScheduler(LRScheduler):
             self.optimizer.compute_param_updates()
         else:
             self.optimizer.skip_step()
-        line = Line(self.model, self.optimizer.direction or Direction(), slices)
+        line = Line(self.layout, self.optimizer.direction or Direction(), slices)
         measured = self._measured(line, weight, loss, finite)
         if not measured.finite:
             self.optimizer.skip_step()
@@ -164,7 +164,7 @@ class GenScheduler(LRScheduler):
         """NaN or infinity in any gradient must not enter the optimizer's state. Shards need the other ranks' word."""
         gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
         bad = torch.tensor(not _all_finite(gradients))
-        return not (self.ranks.any(bad) if sharding.gradient_is_sharded(self.model, parameters) else bad).item()
+        return not (self.ranks.any(bad) if self.layout.gradient_is_sharded(parameters) else bad).item()
 
     def _measured(self, line: Line, weight: float, loss: Tensor | None, finite: bool) -> Measured:
         """What the estimator sees of the line, over all ranks, by one reduction.
@@ -183,7 +183,7 @@ class GenScheduler(LRScheduler):
         seen = bool(line.batches)  # a rank without data cannot know how many batches there are
         marks = [seen, seen * mark, seen * mark**2, seen * line.noise]
         flags = torch.tensor([weight, failure is not None, not finite, *marks], dtype=torch.float64)
-        product = _inner_product(self.model, line.direction, self.ranks.size)
+        product = _inner_product(self.layout, line.direction, self.ranks.size)
         share = weight * phi if weight else torch.zeros_like(phi)  # an empty slice may well have a NaN for its mean
         packed = torch.cat([flags.to(share.device), share, product.to(share.device)])
         total, failed, not_finite, count, sum_of_marks, squares, noise, *sums, g_dot_d = self.ranks.sum(packed).tolist()
@@ -211,7 +211,8 @@ class GenScheduler(LRScheduler):
 
     def _cross_check(self, parabola: Quadratic, g_dot_d: float) -> None:
         slope = parabola.slope  # that of finite differences is a mean over the step, and may well differ
-        if self.curvature != "forward" and not self._warned and abs(slope + g_dot_d) > 0.5 * max(abs(slope), abs(g_dot_d)):
+        apart = abs(slope + g_dot_d) > 0.5 * max(abs(slope), abs(g_dot_d))
+        if apart and self.curvature != "forward" and not self._warned:
             self._warned = True
             logger.warning(
                 "the loss falls along the direction at rate %.3g, while the gradients say %.3g (told once). That is "
@@ -370,15 +371,16 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
-def _inner_product(model: nn.Module, direction: Direction, ranks: int) -> Tensor:
+def _inner_product(layout: Layout, direction: Direction, ranks: int) -> Tensor:
     """This rank's part of `g.d`, shape `(1,)`: a sum over ranks counts every parameter once."""
     parts = [torch.zeros((), dtype=torch.float64)]
     for _, ratio, parameters, updates in direction:
-        counts = sharding.replica_counts(model, parameters, ranks)
-        for parameter, update, count in zip(parameters, updates, counts, strict=True):
+        for parameter, update in zip(parameters, updates, strict=True):
             gradient = sharding.local(parameter.grad)  # type: ignore[arg-type]
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            parts.append(_dot(gradient.flatten(), update.flatten()).double() * (ratio / count))
+            parts.append(
+                _dot(gradient.flatten(), update.flatten()).double() * (ratio / layout.replicas(parameter, ranks))
+            )
     device = parts[-1].device
     return torch.stack([part.to(device) for part in parts]).sum().reshape(1)
 

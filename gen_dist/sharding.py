@@ -1,7 +1,7 @@
 """What this rank holds of a model, and how to run it from there: all that differs between kinds of parallelism.
 
-Plain replicas, DDP, FSDP2 and DTensors on any mesh, and FSDP1 are told apart here and nowhere else. A new kind of
-parallelism is added by answering, for it, the questions that the functions below ask.
+Everything else asks `Layout`. A new kind of parallelism is added by answering, for it, the questions that its methods
+ask.
 """
 
 from __future__ import annotations
@@ -19,30 +19,13 @@ from torch.utils._pytree import tree_map_only
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Replicate
-
-    WRAPPERS: tuple[type, ...] = (DistributedDataParallel, FullyShardedDataParallel)
 else:  # a build of torch for one process
     FSDPModule = FullyShardedDataParallel = DTensor = type("Absent", (), {})  # type: ignore[misc, assignment]
-    WRAPPERS = ()
 
-__all__ = [
-    "bare",
-    "compute_dtypes",
-    "gradient_is_sharded",
-    "local",
-    "moving_weights",
-    "needs_averaging",
-    "placed_like",
-    "process_group_of",
-    "replica_counts",
-    "reshard",
-]
+__all__ = ["Layout", "local", "placed_like"]
 
 Substitute = Callable[[Tensor, Tensor], Tensor]
 """`(weight, velocity) -> what stands for the weight in the forward pass`."""
-
-
-# ------------------------------------------------------------------------------------- what this rank holds
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -64,80 +47,131 @@ def placed_like(part: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def replica_counts(model: nn.Module, parameters: Sequence[Tensor], ranks: int) -> list[int]:
-    """For each parameter, how many of the ranks hold the same part of it as this one."""
-    flat = _flat_parameters(model)
+class Layout:
+    """How a model is laid out over the ranks, found once: wrap and shard it before.
 
-    def count(parameter: Tensor) -> int:
+    Plain replicas, DDP, FSDP2 and DTensors on any mesh, and FSDP1 differ in these methods, and nowhere else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        modules = list(model.modules())
+        self.ddp = [m for m in modules if isinstance(m, DistributedDataParallel)]
+        self.fsdp1: list[Any] = [
+            m for m in modules if isinstance(m, FullyShardedDataParallel) and m._handle is not None
+        ]
+        self.fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
+        self.flat = {id(p): unit for unit in self.fsdp1 for p in _fsdp1_parameters(unit)}
+        self.wrapped = {id(p) for m in (*self.ddp, *self.fsdp1) for p in m.parameters()} | self.flat.keys()
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group that a wrapper of the model communicates in, if it says so; None for all ranks."""
+        groups = [m.process_group for m in self.ddp]
+        groups += [m.process_group for m in self.fsdp1 if "HYBRID" not in m.sharding_strategy.name]
+        return groups[0] if groups else None
+
+    # --------------------------------------------------------------------------------------- gradients
+
+    def needs_averaging(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters whose gradients nobody averages over the ranks: plain replicas without a wrapper."""
+        return [p for p in parameters if not isinstance(p, DTensor) and id(p) not in self.wrapped]
+
+    def gradient_is_sharded(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""
+        return bool(self.fsdp1) or any(isinstance(p, DTensor) for p in parameters)
+
+    def replicas(self, parameter: Tensor, ranks: int) -> int:
+        """How many of the ranks hold the same part of a parameter as this one."""
         shards = 1
         if isinstance(parameter, DTensor):
             for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
                 shards *= 1 if placement.is_replicate() else size
-        elif id(parameter) in flat:
-            unit = flat[id(parameter)]
+        elif id(parameter) in self.flat:
+            unit = self.flat[id(parameter)]
             shards = unit.process_group.size() if unit._handle.uses_sharded_strategy else 1
         return max(ranks // shards, 1)
 
-    return [count(parameter) for parameter in parameters]
+    # ------------------------------------------------------------------------------ running the model
 
+    def compute_dtypes(self) -> set[torch.dtype]:
+        """The dtypes that the weights take part in a forward pass in, by themselves or by a policy."""
+        policies: list[Any] = [m.mixed_precision for m in (*self.ddp, *self.fsdp1)]
+        policies += [m._get_fsdp_state()._mp_policy for m in self.fsdp2]
+        dtypes = {p.dtype for p in self.model.parameters()} | {p.param_dtype for p in policies if p is not None}
+        return {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
 
-def gradient_is_sharded(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
-    """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""
-    return any(isinstance(p, DTensor) for p in parameters) or bool(_flat_parameters(model))
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Run DDP's inner module in place of DDP: a probe has nothing to synchronise and must not disturb it."""
+        wrappers = [wrapper for wrapper in self.ddp if not wrapper.mixed_precision]
+        for wrapper in wrappers:
+            wrapper.forward = _inner_forward(wrapper)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for wrapper in wrappers:
+                del wrapper.forward
 
+    def reshard(self) -> None:
+        """Let go of gathered weights: FSDP keeps its root's after a forward pass, and would use them again.
 
-def _fsdp1_units(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, FullyShardedDataParallel) and m._handle is not None]
+        Without it a change of the shards between two forward passes goes unseen, and silently.
+        """
+        for module in self.fsdp2:
+            module.reshard()
+        for unit in self.fsdp1:
+            if unit._handle.uses_sharded_strategy:
+                unit._handle.reshard(free_unsharded_flat_param=True)
 
+    @contextlib.contextmanager
+    def moving_weights(
+        self, velocities: Mapping[Tensor, Tensor], substitute: Substitute
+    ) -> Iterator[dict[int, Tensor]]:
+        """Yield a table, by identity, of what stands for each weight in a forward pass of the model.
 
-def _flat_parameters(model: nn.Module) -> dict[int, Any]:
-    """By identity, the parameters that FSDP1 keeps in flat ones, each with its unit."""
-    return {id(p): unit for unit in _fsdp1_units(model) for p in _fsdp1_parameters(unit)}
+        `velocities` maps the optimizer's parameters to local parts. Weights that this rank holds as it uses them are in
+        the table throughout. Those of an FSDP unit are there while the unit runs, that is while it holds them whole;
+        their velocities are gathered then, and let go with them. Raises `ValueError` for a parameter that is not the
+        model's.
+        """
+        table: dict[int, Tensor] = {}
+        units, found = self._units(velocities)
+        for parameter in self.model.parameters():
+            if parameter in velocities and id(parameter) not in found:
+                found.add(id(parameter))
+                table[id(parameter)] = _stand_in(parameter.detach(), velocities[parameter], substitute)
+        _refuse_strangers(velocities, found)
+        handles = [handle for unit in units for handle in unit.hook(table, substitute)]
+        try:
+            yield table
+        finally:
+            for handle in handles:
+                handle.remove()
+        for unit in units:
+            unit.check_that_it_ran()
+
+    def _units(self, velocities: Mapping[Tensor, Tensor]) -> tuple[list[_Unit], set[int]]:
+        """The modules that gather moving weights when they run, and the identities of those weights' parameters."""
+        units: list[_Unit] = [_Fsdp1Unit(unit, velocities) for unit in self.fsdp1]
+        found = set(self.flat)
+        if not self.fsdp2:
+            return units, found
+        fsdp2: dict[nn.Module, _Fsdp2Unit] = {}
+        for unit, module in _modules_with_unit(self.model):
+            own: dict[str, Any] = dict(module._parameters)
+            for name, parameter in own.items():
+                if unit is not None and isinstance(parameter, DTensor) and parameter in velocities:
+                    found.add(id(parameter))
+                    of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities))
+                    of_unit.weights.append((module, name, parameter))
+        return [*units, *fsdp2.values()], found
 
 
 def _fsdp1_parameters(unit: Any) -> list[Tensor]:
     """What an optimizer sees of a unit: the original parameters, or the flat one."""
     flat = unit._handle.flat_param
     return list(flat._params) if unit._handle._use_orig_params else [flat]
-
-
-def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes that a model's weights take part in its forward pass in, by themselves or by a policy."""
-    policies: list[Any] = [m.mixed_precision for m in model.modules() if isinstance(m, WRAPPERS)]
-    policies += [m._get_fsdp_state()._mp_policy for m in model.modules() if isinstance(m, FSDPModule)]
-    dtypes = {p.dtype for p in model.parameters()} | {policy.param_dtype for policy in policies if policy is not None}
-    return {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
-
-
-def needs_averaging(model: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
-    """The parameters whose gradients nobody averages over the ranks: plain replicas without a wrapper."""
-    wrapped = {id(p) for module in model.modules() if isinstance(module, WRAPPERS) for p in module.parameters()}
-    return [p for p in parameters if not isinstance(p, DTensor) and id(p) not in wrapped]
-
-
-def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The group that a wrapper of the model communicates in, if it says so."""
-    for module in model.modules():
-        if isinstance(module, WRAPPERS):
-            return cast(dist.ProcessGroup, module.process_group)
-    return None
-
-
-# --------------------------------------------------------------------------------- how to run it from there
-
-
-@contextlib.contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """Run DDP's inner module in place of DDP: a probe has nothing to synchronise and must not disturb it."""
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    wrappers = [wrapper for wrapper in wrappers if not wrapper.mixed_precision]
-    for wrapper in wrappers:
-        wrapper.forward = _inner_forward(wrapper)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for wrapper in wrappers:
-            del wrapper.forward
 
 
 def _inner_forward(wrapper: DistributedDataParallel) -> Callable[..., Any]:
@@ -148,56 +182,6 @@ def _inner_forward(wrapper: DistributedDataParallel) -> Callable[..., Any]:
         return wrapper.module(*args, **kwargs)
 
     return forward
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights: FSDP keeps its root's after a forward pass, and would use them again.
-
-    Without it a change of the shards between two forward passes goes unseen, and silently.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for unit in _fsdp1_units(model):
-        if unit._handle.uses_sharded_strategy:
-            unit._handle.reshard(free_unsharded_flat_param=True)
-
-
-@contextlib.contextmanager
-def moving_weights(
-    model: nn.Module, velocities: Mapping[Tensor, Tensor], substitute: Substitute
-) -> Iterator[dict[int, Tensor]]:
-    """Yield a table, by identity, of what stands for each weight in a forward pass of the model.
-
-    `velocities` maps the optimizer's parameters to local parts. Weights that this rank holds as it uses them are in the
-    table throughout. Those of an FSDP unit are there while the unit runs, that is while it holds them whole; their
-    velocities are gathered then, and let go with them. Raises `ValueError` for a parameter that is not the model's.
-    """
-    table: dict[int, Tensor] = {}
-    units: list[_Unit] = [_Fsdp1Unit(unit, velocities) for unit in _fsdp1_units(model)]
-    fsdp2: dict[nn.Module, _Fsdp2Unit] = {}
-    found = {id(p) for unit in _fsdp1_units(model) for p in _fsdp1_parameters(unit)}
-    for unit, module in _modules_with_unit(model):
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter not in velocities or id(parameter) in _flat_parameters(model):
-                continue
-            found.add(id(parameter))
-            if isinstance(parameter, DTensor) and unit is not None:
-                of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities))
-                of_unit.weights.append((module, name, parameter))
-            else:
-                table[id(parameter)] = _stand_in(parameter.detach(), velocities[parameter], substitute)
-    _refuse_strangers(velocities, found)
-    units += fsdp2.values()
-
-    handles = [handle for unit in units for handle in unit.hook(table, substitute)]
-    try:
-        yield table
-    finally:
-        for handle in handles:
-            handle.remove()
-    for each in units:
-        each.check_that_it_ran()
 
 
 def _stand_in(weight: Tensor, velocity: Tensor, substitute: Substitute) -> Tensor:

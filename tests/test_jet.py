@@ -20,6 +20,7 @@ from gen_dist.jet import Jet, UnsupportedOperation, derivatives
 from gen_dist.jet_mode import JetMode
 from gen_dist.line import Batch, Line
 from gen_dist.optimizer import Direction, GroupDirection
+from gen_dist.sharding import Layout
 
 TOLERANCE = 1e-9
 Shapes = tuple[tuple[int, ...], ...]
@@ -389,7 +390,9 @@ def test_module(name: str, training: bool) -> None:
 
     torch.manual_seed(7)
     random = torch.get_rng_state()
-    line = Line(model, Direction([GroupDirection(0, 1.0, parameters, d)]), [Batch(model, F.mse_loss, x, target)])
+    line = Line(
+        Layout(model), Direction([GroupDirection(0, 1.0, parameters, d)]), [Batch(model, F.mse_loss, x, target)]
+    )
     loss, slope, curvature = line.jet().tolist()
 
     assert torch.equal(torch.get_rng_state(), random), "random state must be put back"
@@ -408,7 +411,7 @@ def test_weights_used_outside_of_the_model_move_too() -> None:
     def loss() -> Tensor:
         return model(x).square().mean() + sum(p.pow(4).sum() for p in weights)
 
-    line = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, closure=loss)])
+    line = Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, closure=loss)])
     value, slope, curvature = line.jet().tolist()
     assert (value, -slope, curvature) == pytest.approx(reference.derivatives(loss, weights, d), rel=TOLERANCE)
 
@@ -425,7 +428,9 @@ def test_weight_norm_whose_own_double_backward_is_wrong() -> None:
         return F.linear(x, v * (g / v.norm(dim=1, keepdim=True)), model.bias).square().mean()
 
     batch = Batch(model, closure=lambda: model(x).square().mean())
-    value, slope, curvature = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [batch]).jet().tolist()
+    value, slope, curvature = (
+        Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [batch]).jet().tolist()
+    )
     expected = reference.derivatives(written_out, weights, d)
     assert (value, -slope, curvature) == pytest.approx(expected, rel=TOLERANCE)
 
@@ -460,7 +465,7 @@ def test_gradients_stop_where_they_stop_in_autograd() -> None:
     model = StopsGradients()
     x, weights = torch.randn(4, 5), [*model.parameters()]
     d = [torch.randn_like(p) for p in weights]
-    line = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, F.mse_loss, x, x)])
+    line = Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, F.mse_loss, x, x)])
     value, slope, curvature = line.jet().tolist()
     expected = reference.derivatives(lambda: F.mse_loss(model(x), x), weights, d)
     assert (value, -slope, curvature) == pytest.approx(expected, rel=TOLERANCE)
@@ -481,7 +486,7 @@ def test_a_custom_function_is_refused_by_name() -> None:
     x, weights = torch.randn(4, 3), [*model.parameters()]
     d = [torch.randn_like(p) for p in weights]
     batch = Batch(model, closure=lambda: StraightThrough.apply(model(x)).square().mean())
-    line = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [batch])
+    line = Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [batch])
     with pytest.raises(UnsupportedOperation, match=r"StraightThrough.*curvature='forward'"):
         line.jet()
     assert torch.is_grad_enabled()
@@ -498,7 +503,7 @@ def test_checkpointed_activations(reentrant: bool) -> None:
     def loss() -> Tensor:
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().mean()
 
-    line = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, closure=loss)])
+    line = Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, closure=loss)])
     value, slope, curvature = line.jet().tolist()
     expected = reference.derivatives(lambda: model(x).square().mean(), weights, d)
     assert (value, -slope, curvature) == pytest.approx(expected, rel=TOLERANCE)
@@ -512,7 +517,7 @@ def test_hooks_of_the_model_run_as_usual() -> None:
     calls: list[str] = []
     model.register_forward_pre_hook(lambda *_: calls.append("before"))
     model.register_forward_hook(lambda module, inputs, output: calls.append("after") or output * 2)
-    line = Line(model, Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, F.mse_loss, x, x[:, :2])])
+    line = Line(Layout(model), Direction([GroupDirection(0, 1.0, weights, d)]), [Batch(model, F.mse_loss, x, x[:, :2])])
     value, slope, curvature = line.jet().tolist()
     assert calls == ["before", "after"]
     expected = reference.derivatives(lambda: F.mse_loss(model(x), x[:, :2]), weights, d)

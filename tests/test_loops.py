@@ -231,5 +231,3 @@ def test_compiled_models(curvature: str, in_place: bool) -> None:
         lasts.append(seen)
     assert lasts[0] == pytest.approx(lasts[1], rel=1e-12)
     assert len(graphs) <= 2, "one with gradients and one without"
-
-

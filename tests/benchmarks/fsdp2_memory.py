@@ -23,8 +23,8 @@ from models import GPT
 from update_cost import token_cross_entropy
 
 import gen_dist as gen
-from gen_dist import sharding
 from gen_dist.line import Batch, Line
+from gen_dist.sharding import Layout
 
 MIB = 2**20
 
@@ -32,7 +32,7 @@ MIB = 2**20
 @torch.no_grad()
 def plain_forward(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     token_cross_entropy(model(x), y)
-    sharding.reshard(model)
+    Layout(model).reshard()
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     token_cross_entropy(model(x), y).backward()
     optimizer.compute_param_updates()
     assert optimizer.direction is not None
-    line = Line(model, optimizer.direction, [mean_loss])
+    line = Line(Layout(model), optimizer.direction, [mean_loss])
     peaks = {
         "the direction, while it is found": peak_memory(optimizer.compute_param_updates),
         "exact": peak_memory(line.jet),
