@@ -128,7 +128,9 @@ def make_gen_optimizer(base_optimizer_class: type[Optimizer], /, *args: Any, **k
     if not (isinstance(base_optimizer_class, type) and issubclass(base_optimizer_class, Optimizer)):
         raise TypeError(f"expected an optimizer class such as torch.optim.AdamW, got {base_optimizer_class!r}")
     _refuse_by_name(base_optimizer_class)
-    return as_gen_optimizer(base_optimizer_class(*args, **kwargs))
+    optimizer: GenOptimizer = _gen_class(base_optimizer_class)(*args, **kwargs)  # type: ignore[arg-type]
+    _check_linearity(optimizer)
+    return optimizer
 
 
 def as_gen_optimizer(optimizer: Optimizer) -> GenOptimizer:
@@ -142,7 +144,14 @@ def as_gen_optimizer(optimizer: Optimizer) -> GenOptimizer:
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     _refuse_by_name(type(optimizer))
     _check_linearity(optimizer)
-    optimizer.__class__ = _gen_class(type(optimizer))  # type: ignore[arg-type]
+    name = type(optimizer).__name__
+    try:
+        optimizer.__class__ = _gen_class(type(optimizer))  # type: ignore[arg-type]
+    except TypeError as error:  # a class with other than Optimizer at the root of its layout, such as ABC
+        raise TypeError(
+            f"{name} cannot be turned into another class in place ({error}): make it by "
+            f"gen_dist.make_gen_optimizer({name}, model.parameters(), ...)"
+        ) from error
     optimizer.__dict__.pop("step", None)  # another scheduler's counter, bound to the base class's step
     optimizer._patch_step_function()
     return cast(GenOptimizer, optimizer)
@@ -190,11 +199,14 @@ def measure_direction(optimizer: Optimizer) -> Direction:
 
 def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     """The step of the optimizer's own class. Its hooks are for the step that the user sees, and are left out."""
-    kind = optimizer.base_class if isinstance(optimizer, GenOptimizer) else type(optimizer)
-    step: Any = kind.step
+    step: Any = _base_class(optimizer).step
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step(optimizer) if closure is None else step(optimizer, closure)
+
+
+def _base_class(optimizer: Optimizer) -> Any:
+    return optimizer.base_class if isinstance(optimizer, GenOptimizer) else type(optimizer)
 
 
 def rate_ratios(optimizer: Optimizer) -> list[float]:
@@ -248,12 +260,13 @@ def _refuse_by_name(kind: type[Optimizer]) -> None:
 def _check_linearity(optimizer: Optimizer) -> None:
     """Raise `TypeError` unless steps are lr times a direction and the state does not depend on lr.
 
-    Tried once, on twelve weights of its own: the same gradients at two very different sequences of rates must give
-    the same directions.
+    Tried once, on twelve weights of its own: along one path of weights and gradients, two very different sequences of
+    rates must give the same directions.
     """
-    name = type(optimizer).__name__
+    kind = _base_class(optimizer)
+    name = kind.__name__
     try:
-        slow, fast = (_trial_directions(optimizer, rates) for rates in ((1.0, 2.0, 0.5), (0.25, 128.0, 16.0)))
+        slow, fast = (_trial_directions(optimizer, rates) for rates in ((1.0, 2.0, 0.5, 1.0), (0.25, 128.0, 16.0, 0.5)))
     except Exception as error:
         raise TypeError(
             f"{name} could not be tried on a small problem ({type(error).__name__}: {error}), so it is not known "
@@ -270,7 +283,7 @@ def _trial_directions(optimizer: Optimizer, rates: tuple[float, ...]) -> Tensor:
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
     weights = torch.linspace(-1.0, 1.0, 12, dtype=torch.float32, device=device).view(4, 3)
     parameter = torch.nn.Parameter(weights.clone())
-    trial: Any = type(optimizer)([parameter], **_arguments(optimizer))
+    trial: Any = _base_class(optimizer)([parameter], **_arguments(optimizer))
     directions = []
     for step, rate in enumerate(rates):
         gradient = torch.sin(weights * (5 + step)) + 0.1
@@ -281,12 +294,13 @@ def _trial_directions(optimizer: Optimizer, rates: tuple[float, ...]) -> Tensor:
             parameter.copy_(weights)
         trial.step()
         directions.append((weights - parameter.detach()) / (rate * 2**14))
+        weights = weights - 0.05 * gradient  # the path goes downhill, as it would
     return torch.stack(directions)
 
 
 def _arguments(optimizer: Optimizer) -> dict[str, Any]:
     """The defaults of an optimizer, as far as its constructor takes them."""
-    signature = inspect.signature(type(optimizer).__init__).parameters
+    signature = inspect.signature(_base_class(optimizer).__init__).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
     return {
         key: value.clone() if isinstance(value, Tensor) else value

@@ -419,3 +419,28 @@ def test_no_criterion() -> None:
     scheduler.step(closure=lambda: half_mean_square(scheduler.model(x), y))
     assert scheduler.last is not None
     assert scheduler.last.accepted
+
+
+def test_groups_added_later_keep_the_ratio_of_the_rate_they_come_with() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model[0].parameters(), lr=0.1)
+    scheduler = gen.ExactGen(optimizer, model, F.mse_loss, lr_max=10)
+    x, y = torch.randn(8, 5).double(), torch.randn(8, 3).double()
+    backward(scheduler, x, y)
+    scheduler.step(x, y)
+    optimizer.step()
+    optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 0.05})
+    for _ in range(2):
+        backward(scheduler, x, y)
+        scheduler.step(x, y)
+        first, second = scheduler.get_last_lr()
+        assert second == pytest.approx(first / 2)
+        optimizer.step()
+    assert scheduler.base_lrs == [0.1, 0.05]
+
+
+def test_complex_parameters_are_refused_in_words() -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, [weight], lr=0.1)
+    with pytest.raises(TypeError, match="complex"):
+        gen.ExactGen(optimizer, nn.Linear(1, 1))
