@@ -203,14 +203,14 @@ def _moved(direction: Direction) -> Iterator[Callable[[float], bool]]:
 
 def _arrived(groups: list[tuple[list[Tensor], list[Tensor], float]], before: list[list[Tensor]], rate: float) -> bool:
     """Whether half-precision weights are where they should be: what rounding adds to the step is small beside it."""
-    meant = missed = 0.0
+    meant, missed = [], []
     for (shards, updates, ratio), starts in zip(groups, before, strict=True):
         for shard, update, start in zip(shards, updates, starts, strict=True):
             if shard.dtype in (torch.float16, torch.bfloat16):
                 step = update.float() * (rate * ratio)
-                meant += step.square().sum().item()
-                missed += (start.float() - shard.float() - step).square().sum().item()
-    return missed <= LARGEST_MISS * meant
+                meant.append(step.square().sum())
+                missed.append((start.float() - shard.float() - step).square().sum())
+    return not meant or bool(torch.stack(missed).sum() <= LARGEST_MISS * torch.stack(meant).sum())
 
 
 @contextlib.contextmanager
