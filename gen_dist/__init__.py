@@ -21,15 +21,19 @@ from gen_dist.analysis import (
 )
 from gen_dist.jet import UnsupportedOperation
 from gen_dist.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
-from gen_dist.scheduler import ApproxGen, ExactGen, GenScheduler, Update
+from gen_dist.rule import Auto, Raw
+from gen_dist.scheduler import ApproxGen, AutoGen, ExactGen, GenScheduler, Update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ApproxGen",
+    "Auto",
+    "AutoGen",
     "ExactGen",
     "GenOptimizer",
     "GenScheduler",
+    "Raw",
     "UnsupportedOperation",
     "Update",
     "as_gen_optimizer",

@@ -36,6 +36,9 @@ class Estimator(Protocol):
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
         """Three float64 numbers of this rank's slice; `distance` is a rate to probe at, `loss` the known `phi(0)`."""
 
+    def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
+        """`(phi', phi'')` of one slice, as far as it tells them: how they differ between slices is their error."""
+
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         """The parabola, from the numbers averaged over ranks; `noise` is that of the line, relative to the loss."""
 
@@ -45,6 +48,9 @@ class Exact:
 
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
         return line.jet()
+
+    def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
+        return measured[1:]
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         return Quadratic(*measured)
@@ -80,6 +86,13 @@ class Forward:
                 loss = line.losses([0.0])[0]
             losses = torch.cat([loss.detach().double().reshape(1).to(losses.device), losses])
         return losses if self.probes == 2 else torch.cat([losses, losses[1:]])
+
+    def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
+        here, ahead, behind = measured
+        if self.probes == 1:  # the chord to the probe, and nothing of the curvature without the gradient's slope
+            return torch.stack([(ahead - here) / distance, torch.full_like(here, torch.nan)])
+        slope, curvature = (ahead - behind) / (2 * distance), (ahead - 2 * here + behind) / distance**2
+        return torch.stack([slope, curvature])
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         here, ahead, behind = measured

@@ -1,44 +1,190 @@
-"""The policy: from a measured parabola to a learning rate, a pure function."""
+"""The policy: from what was measured to a learning rate, by pure functions of plain numbers.
+
+A rule is given a measurement and its own history, and returns a decision and the next history. `Raw` is the rule of the
+paper; `Auto` is the recipe behind `AutoGen`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from gen_dist.curvature import Quadratic
+from gen_dist.measurement import Measurement
 
-__all__ = ["ACCEPTED", "CLAMPED", "Decision", "decide"]
+__all__ = ["ACCEPTED", "CLAMPED", "Auto", "Decision", "History", "Raw", "Rule"]
 
 ACCEPTED = "accepted"
 CLAMPED = "clamped"
 NOT_FINITE = "not finite"
 SLOPE_NOT_POSITIVE = "the direction does not descend"
+SLOPE_UNCERTAIN = "slope within its error"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
 
 
 class Decision(NamedTuple):
-    """The rate to use and why: `accepted`, `clamped`, or the reason for keeping the last accepted one."""
+    """The rate to use and why: `accepted`, `clamped`, or what was wrong with the measurement."""
 
     lr: float
     reason: str
 
 
-def decide(parabola: Quadratic, last: float, lr_min: float, lr_max: float) -> Decision:
-    """The rate at the parabola's minimum, `a* = (g.d) / (d'Hd)`, clamped to `[lr_min, lr_max]` (equation 2.4 of GeN).
+class History(NamedTuple):
+    """What a rule remembers: the last rate, averages of `g.d` and `d'Hd`, and how often the ratio set the rate.
+
+    Until it has `started`, every step is an update.
+    """
+
+    rate: float
+    numerator: float = 0.0
+    denominator: float = 0.0
+    settled: int = 0
+    started: bool = False
+
+
+class Rule(Protocol):
+    """What a scheduler needs of a rule."""
+
+    def begin(self, rate: float) -> History:
+        """The history before the first update, at the rate that the optimizer was given."""
+
+    def decide(
+        self, seen: Measurement, history: History, steps: int, lr_min: float, lr_max: float
+    ) -> tuple[Decision, History]:
+        """The rate after an update, `steps` after the one before."""
+
+    def factor(self, step: int) -> float:
+        """What the rate is multiplied by at a step: a schedule over a known horizon, else 1."""
+
+
+def whats_wrong(parabola: Quadratic) -> str | None:
+    """Why a parabola has no minimum ahead that could be trusted; None if it has."""
+    if not all(map(math.isfinite, parabola)):
+        return NOT_FINITE
+    if abs(parabola.curvature) < parabola.noise:  # then the slope of the same probes means little too
+        return CURVATURE_IN_ROUNDING
+    if parabola.slope >= 0:
+        return SLOPE_NOT_POSITIVE
+    return CURVATURE_NOT_POSITIVE if parabola.curvature <= 0 else None
+
+
+def clamped(rate: float, lr_min: float, lr_max: float) -> float:
+    return min(max(rate, lr_min), lr_max)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The rate at the parabola's minimum, `a* = (g.d) / (d'Hd)`, clamped (equation 2.4 of GeN).
 
     Taken when both are positive and finite; otherwise the last accepted rate is kept, inside the clamp.
     """
-    kept = min(max(last, lr_min), lr_max)
-    numerator, denominator = -parabola.slope, parabola.curvature
-    if not all(map(math.isfinite, parabola)):
-        return Decision(kept, NOT_FINITE)
-    if abs(denominator) < parabola.noise:  # then the slope of the same probes means little too
-        return Decision(kept, CURVATURE_IN_ROUNDING)
-    if numerator <= 0:
-        return Decision(kept, SLOPE_NOT_POSITIVE)
-    if denominator <= 0:
-        return Decision(kept, CURVATURE_NOT_POSITIVE)
-    best = numerator / denominator  # inf at worst, which the clamp takes
-    lr = min(max(best, lr_min), lr_max)
-    return Decision(lr, ACCEPTED if lr == best else CLAMPED)
+
+    def begin(self, rate: float) -> History:
+        return History(rate, started=True)
+
+    def decide(
+        self, seen: Measurement, history: History, steps: int, lr_min: float, lr_max: float
+    ) -> tuple[Decision, History]:
+        reason = whats_wrong(seen.parabola)
+        if reason is not None:
+            kept = clamped(history.rate, lr_min, lr_max)
+            return Decision(kept, reason), history._replace(rate=kept)
+        best = -seen.parabola.slope / seen.parabola.curvature  # inf at worst, which the clamp takes
+        lr = clamped(best, lr_min, lr_max)
+        return Decision(lr, ACCEPTED if lr == best else CLAMPED), history._replace(rate=lr)
+
+    def factor(self, step: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A rate that nobody has to tune: it grows until the ratio holds it, and from then on only falls.
+
+    The raw ratio runs away in training: on the batch that made the gradient it is a multiple of the present rate,
+    whatever that is. So the averages of numerator and denominator are divided (`smoothing`), growth is limited
+    (`growth` a step), the rate starts and stays small beside the weights (`start` and `cap`, the shares of `|theta|` that
+    `|lr d|` may have), and once the ratio or the cap has set it `settle_after` times it may grow no more. Averaged
+    weights do the rest.
+
+    With `total_steps`, the rate is also multiplied by a schedule down to zero (`decay`: `"linear"` or `"cosine"`),
+    after `warmup_steps` up from it. With `weigh_errors`, a slope or curvature within its standard error over the ranks
+    counts as unknown; the rates then depend on how many ranks there are.
+    """
+
+    smoothing: float = 0.9
+    growth: float = 1.09
+    start: float = 5e-4
+    cap: float = 0.1
+    settle_after: int = 3
+    shrink: float = 0.5
+    total_steps: int | None = None
+    decay: str = "linear"
+    warmup_steps: int = 0
+    weigh_errors: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.smoothing < 1 and self.growth >= 1 and 0 < self.shrink <= 1):
+            raise ValueError(f"need 0 <= smoothing < 1, growth >= 1 and 0 < shrink <= 1, got {self}")
+        if not 0 < self.start <= self.cap:
+            raise ValueError(f"need 0 < start <= cap, got start={self.start}, cap={self.cap}")
+        if self.decay not in ("linear", "cosine"):
+            raise ValueError(f"decay must be 'linear' or 'cosine', got {self.decay!r}")
+        if self.total_steps is not None and not self.total_steps > self.warmup_steps >= 0:
+            raise ValueError(f"need total_steps > warmup_steps >= 0, got {self.total_steps} and {self.warmup_steps}")
+
+    def begin(self, rate: float) -> History:
+        return History(rate)  # it starts where the weights say, not there
+
+    def decide(
+        self, seen: Measurement, history: History, steps: int, lr_min: float, lr_max: float
+    ) -> tuple[Decision, History]:
+        parabola, reason = seen.parabola, self._reason(seen)
+        whole_step = seen.weight_norm / seen.direction_norm if seen.direction_norm > 0 else math.nan  # |lr d| = |theta|
+        if reason == NOT_FINITE or not 0 < whole_step < math.inf:
+            kept = clamped(history.rate, lr_min, lr_max)
+            return Decision(kept, NOT_FINITE), history
+        last = history.rate if history.started else self.start * whole_step
+        history = history._replace(started=True)
+        cap = self.cap * whole_step
+        grown = last * self.growth**steps if history.settled < self.settle_after else last
+        if reason == SLOPE_NOT_POSITIVE:
+            best = last * self.shrink
+        elif reason == SLOPE_UNCERTAIN:
+            best = last
+        elif reason is not None:  # no curvature to be seen: go on, within the limit
+            best = min(grown, cap)
+        else:
+            history = self._averaged(history, parabola)
+            best = min(history.numerator / history.denominator, cap)
+            if best < grown:
+                history = history._replace(settled=history.settled + 1)
+            best = min(best, grown)
+        lr = clamped(best, lr_min, lr_max)
+        reason = reason or (ACCEPTED if lr == best else CLAMPED)
+        return Decision(lr, reason), history._replace(rate=lr)
+
+    def factor(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.total_steps is None:
+            return rise
+        done = min(max(step - self.warmup_steps, 0) / (self.total_steps - self.warmup_steps), 1.0)
+        return rise * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+    def _reason(self, seen: Measurement) -> str | None:
+        parabola, reason = seen.parabola, whats_wrong(seen.parabola)
+        if self.weigh_errors and reason is None:
+            if abs(parabola.slope) <= seen.slope_error:  # a comparison with NaN, an unknown error, is False
+                return SLOPE_UNCERTAIN
+            if parabola.curvature <= seen.curvature_error:
+                return CURVATURE_NOT_POSITIVE
+        return reason
+
+    def _averaged(self, history: History, parabola: Quadratic) -> History:
+        old, new = self.smoothing, 1 - self.smoothing
+        return history._replace(
+            numerator=old * history.numerator - new * parabola.slope,
+            denominator=old * history.denominator + new * parabola.curvature,
+        )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gen_dist import sharding
+from gen_dist.averaging import AveragedWeights
 from gen_dist.collectives import Ranks
-from gen_dist.curvature import Quadratic, estimator
+from gen_dist.curvature import estimator
 from gen_dist.line import Batch, Criterion, Line
+from gen_dist.measurement import Measurement, gradients_are_finite, measure
 from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
-from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, Decision, decide
+from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, Auto, Decision, History, Raw, Rule
 from gen_dist.sharding import Layout
 
-__all__ = ["ApproxGen", "ExactGen", "GenScheduler", "Update"]
+__all__ = ["ApproxGen", "AutoGen", "ExactGen", "GenScheduler", "Update"]
 
 logger = logging.getLogger("gen_dist")
 
@@ -33,7 +33,8 @@ class Update(NamedTuple):
     """What an update saw and did, as plain numbers.
 
     `numerator` is `g.d = -phi'(0)`, `denominator` is `d'Hd = phi''(0)`, `loss` is `phi(0)`, all over the ranks
-    together; `lr` is the rate that was set (of the group with the largest initial rate) and `reason` says why.
+    together; `lr` is the rate that was set (of the group with the largest initial rate) and `reason` says why. The
+    standard errors of numerator and denominator come from how the ranks' slices differ, None in one process.
     """
 
     lr: float
@@ -41,20 +42,13 @@ class Update(NamedTuple):
     denominator: float
     loss: float
     reason: str
+    numerator_error: float | None = None
+    denominator_error: float | None = None
 
     @property
     def accepted(self) -> bool:
         """Whether the rate comes from this update's measurement."""
         return self.reason in (ACCEPTED, CLAMPED)
-
-
-class Measured(NamedTuple):
-    """The same on every rank: the estimator's numbers, `g.d`, the noise of the loss, whether gradients were finite."""
-
-    phi: list[float]
-    g_dot_d: float
-    noise: float
-    finite: bool
 
 
 class GenScheduler(LRScheduler):
@@ -73,6 +67,8 @@ class GenScheduler(LRScheduler):
         curvature: `'exact'`, `'gauss-newton'` or `'forward'`.
         probes: forward passes of `'forward'`, 1 or 2.
         update_every: measure at the first of every so many steps; in between the rate stays and `step` costs nothing.
+        rule: from measurements to rates; by default `rule.Raw()`, the ratio, clamped.
+        average: keep averaged weights, for `averaged()`.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit, and says which do.
@@ -89,6 +85,8 @@ class GenScheduler(LRScheduler):
         curvature: str = "exact",
         probes: int = 2,
         update_every: int = 1,
+        rule: Rule | None = None,
+        average: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
@@ -106,8 +104,14 @@ class GenScheduler(LRScheduler):
         self._adopt_new_groups()
         self.last_epoch = 0
         self.last: Update | None = None
-        self._rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
-        self._probe = self._rate if self._rate > 0 else FIRST_PROBE
+        self.rule: Rule = rule if rule is not None else Raw()
+        rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
+        self._history = self.rule.begin(rate)
+        self._updated_at = 0  # the step of the last update, from 1
+        self._probe = rate if rate > 0 else FIRST_PROBE
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = AveragedWeights(self.layout, weights) if average else None
+        self._step_pending = False  # whether an optimizer step is to be taken into the average
         self._warned = False
 
     def step(
@@ -138,79 +142,59 @@ class GenScheduler(LRScheduler):
         weight = _checked_weight(weight)
         slices = self._batches(x, y, closure, batches, weight)
         self._adopt_new_groups()
-        due = self.last_epoch % self.update_every == 0
+        due = self.last_epoch % self.update_every == 0 or not self._history.started
         self.last_epoch += 1
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
         self.optimizer.reset()
+        if self.average is not None:
+            self._take_into_average()
         if not due:
+            if self.rule.factor(self.last_epoch - 1) != 1:
+                self._set_rates()
             return
-        if finite := self._gradients_are_finite(parameters):
+        if finite := gradients_are_finite(self.layout, self.ranks, parameters):
             self.optimizer.compute_param_updates()
-        else:
+        seen = measure(
+            Line(self.layout, self.optimizer.direction or Direction(), slices),
+            self.estimator,
+            self.ranks,
+            distance=self._probe,
+            loss=loss,
+            weight=weight,
+            gradients_finite=finite,
+            settings=f"{self._settings()}, {len(slices)} batch(es)",
+        )
+        if not seen.gradients_finite:
             self.optimizer.skip_step()
-        line = Line(self.layout, self.optimizer.direction or Direction(), slices)
-        measured = self._measured(line, weight, loss, finite)
-        if not measured.finite:
-            self.optimizer.skip_step()
-        parabola = self.estimator.parabola(measured.phi, self._probe, measured.g_dot_d, measured.noise)
-        self._cross_check(parabola, measured.g_dot_d)
-        self._set(parabola, decide(parabola, self._rate, self.lr_min, self.lr_max))
+        self._cross_check(seen)
+        steps = self.last_epoch - self._updated_at
+        decision, self._history = self.rule.decide(seen, self._history, steps, self.lr_min, self.lr_max)
+        self._updated_at = self.last_epoch
+        self._set_rates()
+        self._record(seen, decision)
 
     # ---------------------------------------------------------------------------------- the parts of a step
 
-    def _gradients_are_finite(self, parameters: list[Tensor]) -> bool:
-        """NaN or infinity in any gradient must not enter the optimizer's state. Shards need the other ranks' word."""
-        gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
-        bad = torch.tensor(not _all_finite(gradients))
-        return not (self.ranks.any(bad) if self.layout.gradient_is_sharded(parameters) else bad).item()
+    def _take_into_average(self) -> None:
+        """The weights after the last `optimizer.step()`, once."""
+        assert self.average is not None
+        if self._step_pending:
+            self.average.update()
+        self._step_pending = True
 
-    def _measured(self, line: Line, weight: float, loss: Tensor | None, finite: bool) -> Measured:
-        """What the estimator sees of the line, over all ranks, by one reduction.
-
-        Raises on every rank what went wrong on any.
-        """
-        failure: Exception | None = None
-        phi = torch.full((3,), math.nan, dtype=torch.float64)
-        try:
-            if finite and line.batches:
-                phi = self.estimator.measure(line, self._probe, loss)
-        except Exception as error:
-            failure = error
-        settings = self._settings(line)
-        mark = zlib.crc32(settings.encode()) % 2**20  # its square, summed, stays exact in float64
-        seen = bool(line.batches)  # a rank without data cannot know how many batches there are
-        marks = [seen, seen * mark, seen * mark**2, seen * line.noise]
-        flags = torch.tensor([weight, failure is not None, not finite, *marks], dtype=torch.float64)
-        product = _inner_product(self.layout, line.direction, self.ranks.size)
-        share = weight * phi if weight else torch.zeros_like(phi)  # an empty slice may well have a NaN for its mean
-        packed = torch.cat([flags.to(share.device), share, product.to(share.device)])
-        total, failed, not_finite, count, sum_of_marks, squares, noise, *sums, g_dot_d = self.ranks.sum(packed).tolist()
-        if failed:
-            raise self._failure(failure)
-        if count * squares != sum_of_marks**2:
-            said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.ranks.texts(settings)))
-            raise ValueError(f"the ranks disagree on the scheduler's settings, which must be the same: {said}")
-        mean = [s / total if total else math.nan for s in sums]
-        return Measured(mean, g_dot_d, noise / max(count, 1), not not_finite)
-
-    def _settings(self, line: Line) -> str:
+    def _settings(self) -> str:
         return (
             f"lr_min={self.lr_min}, lr_max={self.lr_max}, curvature={self.curvature!r}, probes={self.probes}, "
-            f"update_every={self.update_every}, {len(line.batches)} batch(es)"
+            f"update_every={self.update_every}, rule={self.rule}"
         )
 
-    def _failure(self, here: Exception | None) -> Exception:
-        """What to raise when a rank failed: its own error there, and who it was elsewhere."""
-        texts = self.ranks.texts(f"{type(here).__name__}: {here}" if here is not None else "")
-        if here is not None:
-            return here
-        who = ", ".join(f"rank {rank} ({text})" for rank, text in enumerate(texts) if text)
-        return RuntimeError(f"the loss could not be evaluated in scheduler.step on {who}")
-
-    def _cross_check(self, parabola: Quadratic, g_dot_d: float) -> None:
-        slope = parabola.slope  # that of finite differences is a mean over the step, and may well differ
+    def _cross_check(self, seen: Measurement) -> None:
+        slope, g_dot_d = (
+            seen.parabola.slope,
+            seen.g_dot_d,
+        )  # that of finite differences is a mean over the step, and may well differ
         apart = abs(slope + g_dot_d) > 0.5 * max(abs(slope), abs(g_dot_d))
         if apart and self.curvature != "forward" and not self._warned:
             self._warned = True
@@ -223,11 +207,16 @@ class GenScheduler(LRScheduler):
                 g_dot_d,
             )
 
-    def _set(self, parabola: Quadratic, decision: Decision) -> None:
-        self._rate = decision.lr
+    def _set_rates(self) -> None:
+        rate = self._history.rate * self.rule.factor(self.last_epoch - 1)
         for group, ratio in zip(self.optimizer.param_groups, rate_ratios(self.optimizer), strict=True):
-            set_rate(group, decision.lr * ratio)
-        self.last = Update(decision.lr, -parabola.slope, parabola.curvature, parabola.loss, decision.reason)
+            set_rate(group, rate * ratio)
+
+    def _record(self, seen: Measurement, decision: Decision) -> None:
+        loss, slope, curvature, _ = seen.parabola
+        errors = (None if math.isnan(e) else e for e in (seen.slope_error, seen.curvature_error))
+        rate = decision.lr * self.rule.factor(self.last_epoch - 1)
+        self.last = Update(rate, -slope, curvature, loss, decision.reason, *errors)
         if decision.reason == CURVATURE_IN_ROUNDING:
             self._probe = min(10 * self._probe, max(self._probe, self.lr_max))
         elif self.last.accepted and decision.lr > 0:
@@ -274,6 +263,28 @@ class GenScheduler(LRScheduler):
             )
         return Batch(self.model, self.criterion, x, y)
 
+    # --------------------------------------------------------------------------------------- averaged weights
+
+    @contextlib.contextmanager
+    def averaged(self, batches: Iterable[Any] = ()) -> Iterator[None]:
+        """Within it the model has the averaged weights; afterwards, also after an error, its own, bit for bit.
+
+        Call it after `optimizer.step()`. `batches` of inputs make the running statistics of batch norms anew for the
+        average. Raises `ValueError` where no average is kept, or before the first step.
+        """
+        if self.average is None:
+            raise ValueError("this scheduler keeps no averaged weights: make it with average=True, or use AutoGen")
+        if self._step_pending:
+            self.average.update()
+            self._step_pending = False
+        with self.average.in_place(batches):
+            yield
+
+    def averaged_state_dict(self, batches: Iterable[Any] = ()) -> dict[str, Tensor]:
+        """The model's state dict with averaged weights, as tensors of its own, placed as the parameters are."""
+        with self.averaged(batches):
+            return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
     # ------------------------------------------------------------------- what the ecosystem asks of a scheduler
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
@@ -285,19 +296,29 @@ class GenScheduler(LRScheduler):
         return self.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: what a run needs to go on with the same rates. Local to this rank; no communication."""
+        """What a run needs to go on with the same rates: plain numbers, and the averaged weights where they are kept.
+
+        Local to this rank; no communication.
+        """
         return {
             "last_epoch": self.last_epoch,
-            "rate": self._rate,
+            "history": tuple(self._history),
+            "updated_at": self._updated_at,
             "probe": self._probe,
             "base_lrs": [float(rate) for rate in self.base_lrs],
             "last": None if self.last is None else tuple(self.last),
+            "average": None if self.average is None else self.average.state_dict(),
+            "step_pending": self._step_pending,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict()` returned. The optimizer's own state holds the rates in its groups."""
         self.last_epoch = int(state_dict["last_epoch"])
-        self._rate = float(state_dict["rate"])
+        self._history = History(*state_dict["history"])
+        self._updated_at = int(state_dict["updated_at"])
+        self._step_pending = bool(state_dict["step_pending"])
+        if self.average is not None and state_dict["average"] is not None:
+            self.average.load_state_dict(state_dict["average"])
         self._probe = float(state_dict["probe"])
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
@@ -362,32 +383,52 @@ class ApproxGen(GenScheduler):
         )
 
 
-def _all_finite(tensors: list[Tensor]) -> bool:
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    if not dense:
-        return True
-    # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
-    sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in dense])
-    return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
+class AutoGen(GenScheduler):
+    """The recipe that needs no rate, no schedule and no horizon: what to use for real training.
 
+    An update at every eighth step, the rule `Auto` (smoothed, growth that stops by itself, start and cap relative to
+    the weights) and averaged weights: evaluate and export inside `with scheduler.averaged():`. The initial learning
+    rate plays no part but for the ratios between groups.
 
-def _inner_product(layout: Layout, direction: Direction, ranks: int) -> Tensor:
-    """This rank's part of `g.d`, shape `(1,)`: a sum over ranks counts every parameter once."""
-    parts = [torch.zeros((), dtype=torch.float64)]
-    for _, ratio, parameters, updates in direction:
-        for parameter, update in zip(parameters, updates, strict=True):
-            gradient = sharding.local(parameter.grad)  # type: ignore[arg-type]
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            parts.append(
-                _dot(gradient.flatten(), update.flatten()).double() * (ratio / layout.replicas(parameter, ranks))
-            )
-    device = parts[-1].device
-    return torch.stack([part.to(device) for part in parts]).sum().reshape(1)
+    With `total_steps`, the horizon is known: the rate also decays to zero, and averages are kept only if asked for.
 
+    Args:
+        rule: `Auto(...)` with other values; by default those of the recipe, with `total_steps`.
+        average: keep averaged weights; by default where no horizon is given.
+    """
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    return torch.dot(a.float(), b.float()) if half else torch.dot(a, b)
+    def __init__(
+        self,
+        optimizer: GenOptimizer,
+        model: nn.Module,
+        criterion: Criterion | None = None,
+        lr_min: float = 0.0,
+        lr_max: float = math.inf,
+        *,
+        curvature: str = "exact",
+        probes: int = 2,
+        update_every: int = 8,
+        total_steps: int | None = None,
+        rule: Auto | None = None,
+        average: bool | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        if rule is not None and total_steps is not None:
+            raise ValueError("give total_steps to the rule: AutoGen(..., rule=Auto(total_steps=...))")
+        rule = rule if rule is not None else Auto(total_steps=total_steps)
+        super().__init__(
+            optimizer,
+            model,
+            criterion,
+            lr_min,
+            lr_max,
+            curvature=curvature,
+            probes=probes,
+            update_every=update_every,
+            rule=rule,
+            average=rule.total_steps is None if average is None else average,
+            process_group=process_group,
+        )
 
 
 def _checked_weight(weight: Any) -> float:
@@ -414,7 +455,7 @@ def _check_arguments(optimizer: Any, model: Any, criterion: Any, lr_min: Any, lr
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable as criterion(model(x), y), got {criterion!r}")
-    if not (0 <= lr_min <= lr_max < math.inf):
+    if not 0 <= lr_min <= lr_max:
         raise ValueError(f"need 0 <= lr_min <= lr_max, got lr_min={lr_min!r}, lr_max={lr_max!r}")
     if not (isinstance(update_every, int) and update_every >= 1):
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")

@@ -232,7 +232,7 @@ def collectives(kind: str, curvature: str, update_every: int) -> list[list[tuple
 
 @pytest.mark.parametrize("curvature", ["exact", "forward"])
 def test_one_small_reduction_an_update(pool: Callable[[int], Pool], curvature: str) -> None:
-    packed = ("all_reduce", 88)
+    packed = ("all_reduce", 8 * 16)
     assert pool(2).run(collectives, "ddp", curvature, 2)[0] == [[packed], [], [packed]]
     # shards: whether every gradient is finite must be agreed upon first
     checked = [("all_reduce", 4), packed]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_dist.curvature import Quadratic
-from gen_dist.rule import decide
+from gen_dist.measurement import Measurement
+from gen_dist.rule import Auto, Decision, History, Raw
 
 NAN, INF = math.nan, math.inf
 
@@ -34,20 +35,117 @@ TABLE = [
 ]
 
 
+def measurement(
+    slope: float,
+    curvature: float,
+    noise: float = 0.0,
+    loss: float = 1.0,
+    errors: tuple[float, float] = (NAN, NAN),
+    norms: tuple[float, float] = (1.0, 1.0),
+) -> Measurement:
+    return Measurement(Quadratic(loss, slope, curvature, noise), -slope, True, *errors, *norms)
+
+
 @pytest.mark.parametrize(("slope", "curvature", "noise", "last", "lr_min", "lr_max", "rate", "reason"), TABLE)
 def test_table(
     slope: float, curvature: float, noise: float, last: float, lr_min: float, lr_max: float, rate: float, reason: str
 ) -> None:
-    assert decide(Quadratic(1.0, slope, curvature, noise), last, lr_min, lr_max) == (rate, reason)
+    seen = measurement(slope, curvature, noise)
+    decision, history = Raw().decide(seen, Raw().begin(last), 1, lr_min, lr_max)
+    assert decision == (rate, reason)
+    assert history == Raw().begin(rate)
 
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 rates = st.floats(0, 1e6)
 
 
-@given(numbers, numbers, numbers, st.floats(0, 1e6), rates, rates, rates)
-def test_any_numbers_give_a_rate_inside_the_clamp(
-    loss: float, slope: float, curvature: float, noise: float, last: float, a: float, b: float
+@pytest.mark.parametrize("rule", [Raw(), Auto(), Auto(weigh_errors=True)], ids=["raw", "auto", "auto with errors"])
+@given(
+    st.lists(st.tuples(numbers, numbers, numbers, st.floats(0, 1e6), numbers, numbers, numbers, numbers), max_size=8),
+    rates,
+    rates,
+    rates,
+)
+def test_any_measurements_give_rates_inside_the_clamp(
+    rule: Raw | Auto, sequence: list[tuple[float, ...]], last: float, a: float, b: float
 ) -> None:
-    lr, _ = decide(Quadratic(loss, slope, curvature, noise), last, min(a, b), max(a, b))
-    assert min(a, b) <= lr <= max(a, b)
+    low, high, history = min(a, b), max(a, b), History(last)
+    for loss, slope, curvature, noise, *rest in sequence:
+        seen = measurement(slope, curvature, noise, loss, (rest[0], rest[1]), (abs(rest[2]), abs(rest[3])))
+        decision, history = rule.decide(seen, history, 8, low, high)
+        assert low <= decision.lr <= high
+        assert history.rate == decision.lr or decision.reason == "not finite"
+
+
+# ---------------------------------------------------------------------------------------- the recipe, part by part
+
+FREE = {"lr_min": 0.0, "lr_max": INF}
+
+
+def rates_of(rule: Auto, ratios: list[float | None], steps: int = 8, history: History | None = None) -> list[Decision]:
+    """Decisions on parabolas of these ratios; None is one without curvature, a negative ratio one that ascends."""
+    history = history or History(123.0)
+    decisions = []
+    for ratio in ratios:
+        seen = measurement(-1.0, 0.0) if ratio is None else measurement(-math.copysign(1.0, ratio), 1 / abs(ratio))
+        decision, history = rule.decide(seen, history, steps, **FREE)
+        decisions.append(decision)
+    return decisions
+
+
+def test_auto_starts_relative_to_the_weights_whatever_the_rate_was() -> None:
+    seen = measurement(-1.0, 1e-9, norms=(4.0, 2.0))
+    for last in (1e-6, 1e-1):
+        decision, _ = Auto(start=0.01).decide(seen, History(last), 0, **FREE)
+        assert decision.lr == pytest.approx(0.01 * 4 / 2)
+
+
+def test_auto_grows_within_its_limit_and_under_its_cap() -> None:
+    decisions = rates_of(Auto(start=0.01, cap=0.05, growth=2**0.125), [1e9] * 5)
+    assert [d.lr for d in decisions] == pytest.approx([0.02, 0.04, 0.05, 0.05, 0.05])
+
+
+def test_auto_takes_the_ratio_of_two_averages() -> None:
+    rule, history = Auto(smoothing=0.5, start=0.05, growth=100.0), History(0.0)
+    _, history = rule.decide(measurement(-1.0, 20.0), history, 8, **FREE)
+    decision, history = rule.decide(measurement(-3.0, 100.0), history, 8, **FREE)
+    assert decision.lr == pytest.approx((0.25 * 1 + 0.5 * 3) / (0.25 * 20 + 0.5 * 100))
+
+
+def test_auto_only_falls_after_the_ratio_has_held_it_three_times() -> None:
+    rule = Auto(smoothing=0.0, start=0.01, growth=1.2)
+    rates = [d.lr for d in rates_of(rule, [1e9, 0.02, 0.03, 0.02, 0.05, 0.015, 0.09])]
+    assert rates[:4] == pytest.approx([0.01 * 1.2**8, 0.02, 0.03, 0.02])
+    assert rates[4:] == pytest.approx([0.02, 0.015, 0.015])
+
+
+def test_auto_grows_without_curvature_and_shrinks_without_descent() -> None:
+    decisions = rates_of(Auto(start=0.01, growth=2**0.125), [None, None, -1.0])
+    assert [d.lr for d in decisions] == pytest.approx([0.02, 0.04, 0.02])
+    assert [d.reason for d in decisions] == ["curvature not positive"] * 2 + ["the direction does not descend"]
+
+
+def test_auto_treats_what_is_within_its_error_as_unknown_if_asked() -> None:
+    history = History(0.02, started=True)
+    uncertain_slope = measurement(-1.0, 100.0, errors=(1.5, 0.1))
+    uncertain_curvature = measurement(-1.0, 100.0, errors=(0.1, 150.0))
+    for rule, expected in ((Auto(), (0.01, 0.01)), (Auto(weigh_errors=True), (0.02, 0.02 * 1.09**8))):
+        seen = tuple(rule.decide(m, history, 8, **FREE)[0].lr for m in (uncertain_slope, uncertain_curvature))
+        assert seen == pytest.approx(expected)
+
+
+def test_auto_decays_to_a_known_horizon() -> None:
+    linear, cosine = Auto(total_steps=100), Auto(total_steps=100, decay="cosine", warmup_steps=9)
+    assert [linear.factor(s) for s in (0, 50, 100)] == [1, 0.5, 0]
+    assert [cosine.factor(s) for s in (0, 4, 9, 100)] == pytest.approx([0.1, 0.5, 1, 0])
+    assert Auto().factor(10**6) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"smoothing": 1.0}, {"growth": 0.5}, {"cap": 1e-9}, {"decay": "step"}, {"total_steps": 5, "warmup_steps": 5}],
+)
+def test_auto_refuses_what_makes_no_sense(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"need|must"):
+        Auto(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,239 @@
+"""AutoGen: no rate, no schedule, no horizon; averaged weights; the same on N ranks as in one process."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rank_pool import Pool
+from test_distributed import BATCH, KINDS, Model, boundaries, criterion, new_model, parallel
+from torch import Tensor, nn
+
+import gen_dist as gen
+
+STEPS = 20
+
+
+def data(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 11, (steps, BATCH, 6), generator=generator)
+    return [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
+Trace = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
+
+
+def train(kind: str, lr: float = 1e-3, total_steps: int | None = None) -> Trace:
+    """Rates, final weights and averaged weights."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    inner = new_model()
+    model = parallel(inner, kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=lr)
+    average = True if total_steps else None
+    scheduler = gen.AutoGen(optimizer, model, criterion, update_every=4, total_steps=total_steps, average=average)
+    cuts = boundaries(ranks, "equal")
+    here = slice(cuts[rank], cuts[rank + 1])
+    rates = []
+    for x, y in data():
+        optimizer.zero_grad()
+        criterion(model(x[here]), y[here]).backward()
+        scheduler.step(x[here], y[here])
+        optimizer.step()
+        rates += scheduler.get_last_lr()
+    weights = {name: whole(p) for name, p in inner.named_parameters()}
+    with scheduler.averaged():
+        averages = {name: whole(p) for name, p in inner.named_parameters()}
+    return rates, weights, averages
+
+
+@pytest.mark.parametrize("total_steps", [None, STEPS])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_same_on_ranks_as_in_one_process(
+    pool: Callable[[int], Pool], ranks: int, kind: str, total_steps: int | None
+) -> None:
+    rates, weights, averages = train("replica", total_steps=total_steps)
+    results = pool(ranks).run(train, kind, 1e-3, total_steps)
+    for seen_rates, seen_weights, seen_averages in results:
+        assert seen_rates == results[0][0], "bitwise equal on all ranks"
+        assert seen_rates == pytest.approx(rates, rel=1e-10)
+        for name in weights:
+            torch.testing.assert_close(seen_weights[name], weights[name], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(seen_averages[name], averages[name], rtol=1e-9, atol=1e-10)
+
+
+def test_the_initial_rate_plays_no_part() -> None:
+    small, large = train("replica", 1e-6), train("replica", 1e-1)
+    assert small[0] == large[0]
+    assert all(torch.equal(small[1][name], large[1][name]) for name in small[1])
+
+
+def test_rates_follow_the_recipe_written_out() -> None:
+    """Beside the rule as QUALITY states it, on derivatives by double backward."""
+    model = new_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rates, numerator, denominator, settled, rate = [], 0.0, 0.0, 0, 0.0
+    for step, (x, y) in enumerate(data()):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        if step % 4 == 0:
+            d = reference.direction(model, optimizer)
+            weights = [*model.parameters()]
+            _, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
+            size = (sum(p.square().sum() for p in weights) / sum(v.square().sum() for v in d)).sqrt().item()  # type: ignore[union-attr]
+            rate = rate or 5e-4 * size
+            limit = rate * (1.09 ** (4 if step else 1) if settled < 3 else 1)
+            if curvature > 0:
+                numerator, denominator = 0.9 * numerator + 0.1 * slope, 0.9 * denominator + 0.1 * curvature
+                target = min(numerator / denominator, 0.1 * size)
+                settled += target < limit
+                rate = min(target, limit)
+            else:
+                rate = min(limit, 0.1 * size)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        rates.append(rate)
+    assert train("replica")[0] == pytest.approx(rates, rel=1e-9)
+
+
+def test_a_known_horizon_decays_at_every_step() -> None:
+    constant, decayed = train("replica")[0], train("replica", total_steps=STEPS)[0]
+    assert decayed[:4] == pytest.approx([constant[0] * (1 - step / STEPS) for step in range(4)])
+    assert decayed[-1] < 0.2 * max(decayed)
+
+
+# ----------------------------------------------------------------------------------------- averaged weights
+
+
+def small_problem() -> tuple[gen.AutoGen, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1, momentum=0.9)
+    return gen.AutoGen(optimizer, model, F.cross_entropy), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+
+
+def steps(scheduler: gen.AutoGen, x: Tensor, y: Tensor, count: int) -> list[list[Tensor]]:
+    """Weights after each step."""
+    seen = []
+    for _ in range(count):
+        scheduler.optimizer.zero_grad()
+        F.cross_entropy(scheduler.model(x), y).backward()
+        scheduler.step(x, y)
+        scheduler.optimizer.step()
+        seen.append([p.detach().clone() for p in scheduler.model.parameters()])
+    return seen
+
+
+def test_the_average_is_over_a_growing_window() -> None:
+    scheduler, x, y = small_problem()
+    seen = steps(scheduler, x, y, 12)
+    average = seen[0]
+    for t, weights in enumerate(seen[1:], start=2):
+        average = [a + 9 / (t + 8) * (w - a) for a, w in zip(average, weights, strict=True)]
+    for _ in range(2):  # looking twice takes nothing twice
+        with scheduler.averaged():
+            for p, a in zip(scheduler.model.parameters(), average, strict=True):
+                torch.testing.assert_close(p, a, rtol=1e-12, atol=1e-12)
+    for p, w in zip(scheduler.model.parameters(), seen[-1], strict=True):
+        assert torch.equal(p, w)
+
+
+def test_training_weights_come_back_after_an_error() -> None:
+    scheduler, x, y = small_problem()
+    steps(scheduler, x, y, 5)
+    before = copy.deepcopy(scheduler.model.state_dict())
+    with pytest.raises(OSError, match="disk"), scheduler.averaged([x]):
+        raise OSError("disk")
+    assert all(torch.equal(v, before[k]) for k, v in scheduler.model.state_dict().items())
+
+
+def test_looking_at_the_average_does_not_change_training() -> None:
+    one, x, y = small_problem()
+    two, _, _ = small_problem()
+    steps(one, x, y, 10)
+    for _ in range(10):
+        steps(two, x, y, 1)
+        with two.averaged([x]):
+            two.model(x)
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_batch_norm_statistics_are_made_anew_for_the_average() -> None:
+    scheduler, x, y = small_problem()
+    steps(scheduler, x, y, 8)
+    with scheduler.averaged([x]):
+        features = scheduler.model[0](x)
+        torch.testing.assert_close(scheduler.model[1].running_mean, features.mean(0).detach())
+        torch.testing.assert_close(scheduler.model[1].running_var, features.var(0).detach())
+
+
+def test_the_average_is_in_the_checkpoint_and_can_be_exported() -> None:
+    scheduler, x, y = small_problem()
+    steps(scheduler, x, y, 7)
+    file = io.BytesIO()
+    torch.save([scheduler.state_dict(), scheduler.model.state_dict(), scheduler.optimizer.state_dict()], file)
+    file.seek(0)
+    state, weights, optimizer_state = torch.load(file, weights_only=True)
+    fresh, _, _ = small_problem()
+    fresh.load_state_dict(state)
+    fresh.model.load_state_dict(weights)
+    fresh.optimizer.load_state_dict(optimizer_state)
+    for one, two in zip(steps(scheduler, x, y, 6), steps(fresh, x, y, 6), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+    one, two = scheduler.averaged_state_dict(), fresh.averaged_state_dict()
+    assert one.keys() == scheduler.model.state_dict().keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_averages_that_are_not_there_say_so() -> None:
+    scheduler, _, _ = small_problem()
+    with pytest.raises(ValueError, match="no averaged weights yet"), scheduler.averaged():
+        pass
+    plain = gen.ExactGen(scheduler.optimizer, scheduler.model)
+    with pytest.raises(ValueError, match="average=True"), plain.averaged():
+        pass
+
+
+# ------------------------------------------------------------------------------------- uncertainty from ranks
+
+
+def errors(kind: str) -> tuple[float | None, float | None]:
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-2)
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    x, y = data()[0]
+    cuts = boundaries(dist.get_world_size(), "equal")
+    here = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    criterion(model(x[here]), y[here]).backward()
+    scheduler.step(x[here], y[here])
+    assert scheduler.last is not None
+    return scheduler.last.numerator_error, scheduler.last.denominator_error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_standard_errors_come_from_how_the_slices_differ(pool: Callable[[int], Pool], kind: str) -> None:
+    model: Model = new_model()
+    x, y = data()[0]
+    criterion(model(x), y).backward()
+    weights = [*model.parameters()]
+    d = [p.grad.clone() for p in weights if p.grad is not None]
+    parts = [
+        reference.derivatives(lambda a=a, b=b: criterion(model(a), b), weights, d)[1:]
+        for a, b in zip(x.chunk(4), y.chunk(4), strict=True)
+    ]
+    expected: Any = torch.tensor(parts, dtype=torch.float64).std(0).div(2).tolist()  # a mean of four
+    for seen in pool(4).run(errors, kind):
+        assert seen == pytest.approx(expected, rel=1e-8)
+    assert pool(1).run(errors, kind) == [(None, None)]
