@@ -105,9 +105,9 @@ class Auto:
 
     The raw ratio runs away in training: on the batch that made the gradient it is a multiple of the present rate,
     whatever that is. So the averages of numerator and denominator are divided (`smoothing`), growth is limited
-    (`growth` a step), the rate starts and stays small beside the weights (`start` and `cap`, the shares of `|theta|` that
-    `|lr d|` may have), and once the ratio or the cap has set it `settle_after` times it may grow no more. Averaged
-    weights do the rest.
+    (`growth` a step), the rate starts and stays small beside the weights (`start` and `cap`, the shares of `|theta|`
+    that `|lr d|` may have), and once the ratio or the cap has set it `settle_after` times it may grow no more.
+    Averaged weights do the rest.
 
     With `total_steps`, the rate is also multiplied by a schedule down to zero (`decay`: `"linear"` or `"cosine"`),
     after `warmup_steps` up from it. With `weigh_errors`, a slope or curvature within its standard error over the ranks
