@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gen_dist.batch import Batch, Criterion
 from gen_dist.collectives import Ranks
-from gen_dist.line import Batch, Criterion, Line
+from gen_dist.line import Line
 from gen_dist.optimizer import Direction, GenOptimizer, measure_direction
 from gen_dist.sharding import Layout
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gen_dist import sharding
+from gen_dist.batch import Batch
 from gen_dist.jet import Jet, derivatives, velocity_only
 from gen_dist.jet_mode import JetMode
 from gen_dist.optimizer import Direction
 from gen_dist.sharding import Layout
 
-__all__ = ["Batch", "Line"]
-
-Criterion: TypeAlias = Callable[..., Tensor]
+__all__ = ["Line"]
 
 # Units of rounding by which a loss is uncertain. That of its own dtype hits it directly. Inside the model many
 # roundings average out: on a GPT and two conv nets under bfloat16 autocast, 0.006 to 0.25 units were measured.
@@ -37,32 +36,6 @@ UNRESOLVED = 1e100  # a noise above any curvature
 
 Restart: TypeAlias = Callable[[], bool]
 """Puts buffers and random state back; tells whether random numbers were drawn."""
-
-
-class Batch:
-    """One slice of data and how to get its loss: `criterion(model(x), y)`, or a closure that returns it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Criterion | None = None,
-        x: Any = None,
-        y: Any = None,
-        closure: Callable[[], Tensor] | None = None,
-    ) -> None:
-        self.model, self.criterion, self.x, self.y, self.closure = model, criterion, x, y, closure
-
-    def output(self) -> Any:
-        return self.model(self.x)
-
-    def loss(self) -> Tensor:
-        if self.closure is not None:
-            return _scalar(self.closure())
-        return self.loss_of(self.output())
-
-    def loss_of(self, output: Any) -> Tensor:
-        assert self.criterion is not None
-        return _scalar(self.criterion(output, self.y))
 
 
 class Line:
@@ -157,13 +130,6 @@ class Line:
             yield
         finally:
             handle.remove()
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise TypeError(f"the loss must be a real tensor with one element, got {what}: return the mean over the batch")
-    return loss.reshape(())
 
 
 def _coefficients(loss: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist.averaging import AveragedWeights
+from gen_dist.batch import Batch, Criterion, as_batches
 from gen_dist.collectives import Ranks
 from gen_dist.curvature import estimator
-from gen_dist.line import Batch, Criterion, Line
+from gen_dist.line import Line
 from gen_dist.measurement import Measurement, gradients_are_finite, measure
 from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
 from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, Auto, Decision, History, Raw, Rule
@@ -140,19 +141,14 @@ class GenScheduler(LRScheduler):
         raised on every rank, with the weights as they were.
         """
         weight = _checked_weight(weight)
-        slices = self._batches(x, y, closure, batches, weight)
-        self._adopt_new_groups()
-        due = self.last_epoch % self.update_every == 0 or not self._history.started
-        self.last_epoch += 1
+        slices = as_batches(self.model, self.criterion, x, y, closure, batches, may_be_none=weight == 0)
+        self._refuse_closures(slices)
+        due = self._next_step()
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
         self.optimizer.reset()
-        if self.average is not None:
-            self._take_into_average()
         if not due:
-            if self.rule.factor(self.last_epoch - 1) != 1:
-                self._set_rates()
             return
         if finite := gradients_are_finite(self.layout, self.ranks, parameters):
             self.optimizer.compute_param_updates()
@@ -177,12 +173,18 @@ class GenScheduler(LRScheduler):
 
     # ---------------------------------------------------------------------------------- the parts of a step
 
-    def _take_into_average(self) -> None:
-        """The weights after the last `optimizer.step()`, once."""
-        assert self.average is not None
-        if self._step_pending:
-            self.average.update()
-        self._step_pending = True
+    def _next_step(self) -> bool:
+        """Count the step, and do what every step needs; whether it is one with an update."""
+        due = self.last_epoch % self.update_every == 0 or not self._history.started
+        self.last_epoch += 1
+        self._adopt_new_groups()
+        if self.average is not None:
+            if self._step_pending:
+                self.average.update()
+            self._step_pending = True
+        if not due and self.rule.factor(self.last_epoch - 1) != 1:
+            self._set_rates()
+        return due
 
     def _settings(self) -> str:
         return (
@@ -191,10 +193,8 @@ class GenScheduler(LRScheduler):
         )
 
     def _cross_check(self, seen: Measurement) -> None:
-        slope, g_dot_d = (
-            seen.parabola.slope,
-            seen.g_dot_d,
-        )  # that of finite differences is a mean over the step, and may well differ
+        # The slope of finite differences is a mean over the step, and may well differ.
+        slope, g_dot_d = seen.parabola.slope, seen.g_dot_d
         apart = abs(slope + g_dot_d) > 0.5 * max(abs(slope), abs(g_dot_d))
         if apart and self.curvature != "forward" and not self._warned:
             self._warned = True
@@ -228,40 +228,12 @@ class GenScheduler(LRScheduler):
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
 
-    def _batches(self, x: Any, y: Any, closure: Any, batches: Any, weight: float) -> list[Batch]:
-        given = [name for name, value in (("x", x), ("closure", closure), ("batches", batches)) if value is not None]
-        if not given and weight == 0:
-            return []  # this rank has run out of data
-        if len(given) != 1:
+    def _refuse_closures(self, slices: Sequence[Batch]) -> None:
+        if self.curvature == "gauss-newton" and any(batch.closure is not None for batch in slices):
             raise ValueError(
-                f"scheduler.step got {' and '.join(given) or 'no batch'}; type one of scheduler.step(x, y), "
-                "scheduler.step(closure=fn), scheduler.step(batches=[(x, y), ...])"
+                "curvature='gauss-newton' needs model and criterion apart: type scheduler.step(x, y), or use "
+                "curvature='exact' with closures"
             )
-        if batches is None:
-            return [self._batch(closure if closure is not None else (x, y))]
-        if not batches:
-            raise ValueError("scheduler.step(batches=[]): at least one batch is needed")
-        return [self._batch(batch) for batch in batches]
-
-    def _batch(self, batch: Any) -> Batch:
-        if callable(batch):
-            if self.curvature == "gauss-newton":
-                raise ValueError(
-                    "curvature='gauss-newton' needs model and criterion apart: type scheduler.step(x, y), or use "
-                    "curvature='exact' with closures"
-                )
-            return Batch(self.model, closure=batch)
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(f"a batch is a pair (x, y) or a closure that returns the loss, got {batch!r:.80}")
-        x, y = batch
-        if y is None:
-            raise ValueError("scheduler.step(x) without a target: type scheduler.step(x, y) or step(closure=fn)")
-        if self.criterion is None:
-            raise ValueError(
-                "scheduler.step(x, y) needs the criterion that the scheduler was made without: pass criterion=, or "
-                "type scheduler.step(closure=fn) with a function that returns the loss"
-            )
-        return Batch(self.model, self.criterion, x, y)
 
     # --------------------------------------------------------------------------------------- averaged weights
 

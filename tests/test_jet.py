@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_dist.batch import Batch
 from gen_dist.jet import Jet, UnsupportedOperation, derivatives
 from gen_dist.jet_mode import JetMode
-from gen_dist.line import Batch, Line
+from gen_dist.line import Line
 from gen_dist.optimizer import Direction, GroupDirection
 from gen_dist.sharding import Layout
 
