@@ -1,0 +1,225 @@
+"""The methods of the quality benchmark: each is a way to train a model, and says which weights to read out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from quality_tasks import State, Task, cross_entropy
+from torch import Tensor, nn
+
+import gen_dist as gen
+from gen_dist.averaging import AveragedWeights
+from gen_dist.rule import Auto
+from gen_dist.sharding import Layout
+
+LAST, AVERAGED = "last", "averaged"
+UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some rate to begin with
+
+
+def copied(model: nn.Module) -> State:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Training:
+    """A model in training at a rate that stays; the methods differ from it in a line or two.
+
+    `reading_seconds` is the time that went into weights besides the last ones.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.reading_seconds = 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model(x), y)
+        loss.backward()
+        self.before_step(x, y, loss)
+        self.optimizer.step()
+        self.after_step()
+
+    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def readings(self) -> dict[str, State]:
+        """The weights that the method would hand over, by name."""
+        return {LAST: copied(self.model)}
+
+
+class Constant(Training):
+    """One rate; and beside it the growing-window average, which changes nothing in the training."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model, optimizer)
+        self.average = AveragedWeights(Layout(model), list(model.parameters()))
+
+    def after_step(self) -> None:
+        start = time.process_time()
+        self.average.update()
+        self.reading_seconds += time.process_time() - start
+
+    def readings(self) -> dict[str, State]:
+        with self.average.in_place():
+            averaged = copied(self.model)
+        return {LAST: copied(self.model), AVERAGED: averaged}
+
+
+class Decayed(Training):
+    """The rate falls to zero at the horizon, which has to be known."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: Callable[[float], float], steps: int
+    ) -> None:
+        super().__init__(model, optimizer)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / steps))
+
+    def after_step(self) -> None:
+        self.schedule.step()
+
+
+class ScheduleFree(Training):
+    def __init__(self, model: nn.Module, **arguments: float) -> None:
+        import schedulefree
+
+        self.schedule_free = schedulefree.AdamWScheduleFree(model.parameters(), **arguments)
+        self.schedule_free.train()
+        super().__init__(model, self.schedule_free)
+
+    def readings(self) -> dict[str, State]:
+        self.schedule_free.eval()
+        return super().readings()
+
+
+class Prodigy(Training):
+    def __init__(self, model: nn.Module) -> None:
+        import prodigyopt
+
+        super().__init__(model, prodigyopt.Prodigy(model.parameters()))
+
+    def rate(self) -> float:
+        return super().rate() * float(self.optimizer.param_groups[0]["d"])
+
+
+class GenOptim(Training):
+    """The authors' package, at every eighth step, as its documentation says."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        from GeN import lr_parabola
+
+        super().__init__(model, optimizer)
+        self.lr_parabola = lr_parabola
+        self.steps = 0
+
+    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
+        self.steps += 1
+        if self.steps % 8 == 0:
+            self.lr_parabola(
+                self.model,
+                self.optimizer,
+                cross_entropy,
+                tr_iter=iter([(x, y)]),
+                device="cpu",
+                task="image_cls",  # that is: a batch is a pair
+                lr_factor=[-1, 0, 1],
+            )
+
+
+class Scheduled(Training):
+    """By a scheduler of this package."""
+
+    def __init__(self, scheduler: gen.GenScheduler) -> None:
+        super().__init__(scheduler.model, scheduler.optimizer)
+        self.scheduler = scheduler
+
+    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
+        self.scheduler.step(x, y, loss=loss)
+
+    def readings(self) -> dict[str, State]:
+        readings = super().readings()
+        if self.scheduler.average is not None:
+            readings[AVERAGED] = self.scheduler.averaged_state_dict()
+        return readings
+
+
+# ------------------------------------------------------------------------------------------- the table of methods
+
+Start = Callable[[Task, nn.Module, int], Training]  # from task, model and number of steps
+
+ADAMW_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+SGD_RATES = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+DECAYS: dict[str, Callable[[float], float] | None] = {
+    "constant": None,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+
+
+def make_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=rate)
+
+
+def make_sgd(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+
+
+def tuned(make: Callable[[nn.Module, float], torch.optim.Optimizer], rate: float, decay: str) -> Start:
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        optimizer, shape = make(model, rate), DECAYS[decay]
+        return Constant(model, optimizer) if shape is None else Decayed(model, optimizer, shape, steps)
+
+    return start
+
+
+def textbook(task: Task, model: nn.Module, steps: int) -> Training:
+    optimizer = gen.as_gen_optimizer(task.optimizer(model, UNTUNED))
+    return Scheduled(gen.ExactGen(optimizer, model, cross_entropy, lr_max=1.0))
+
+
+def autogen(**rule: Any) -> Start:
+    """AutoGen with other values of the rule; `horizon` names a decay to zero at the last step."""
+    decay = rule.pop("horizon", None)
+
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        optimizer = gen.as_gen_optimizer(task.optimizer(model, UNTUNED))
+        known = {"total_steps": steps, "decay": decay} if decay else {}
+        return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, rule=Auto(**rule, **known)))
+
+    return start
+
+
+GRID = {
+    f"{name}-{decay}-{rate:g}": tuned(make, rate, decay)
+    for name, make, rates in [("adamw", make_adamw, ADAMW_RATES), ("sgd", make_sgd, SGD_RATES)]
+    for decay in DECAYS
+    for rate in rates
+}
+UNTUNED_METHODS: dict[str, Start] = {
+    "schedule-free": lambda task, model, steps: ScheduleFree(model),
+    "schedule-free-0.01": lambda task, model, steps: ScheduleFree(model, lr=0.01),
+    "prodigy": lambda task, model, steps: Prodigy(model),
+    "gen-optim": lambda task, model, steps: GenOptim(model, task.optimizer(model, UNTUNED)),
+    "textbook": textbook,
+    "autogen": autogen(),
+    "autogen-unsmoothed": autogen(smoothing=0.0),
+    "autogen-unlimited-growth": autogen(growth=math.inf),
+    "autogen-never-settling": autogen(settle_after=10**9),
+    "autogen-never-halving": autogen(shrink=1.0),
+    "autogen-no-cap": autogen(cap=math.inf),
+    "autogen-large-start": autogen(start=0.1),
+    "autogen-linear": autogen(horizon="linear"),
+    "autogen-cosine": autogen(horizon="cosine"),
+}
+METHODS = GRID | UNTUNED_METHODS
+
+
+def takes_part(method: str, task: Task) -> bool:
+    """SGD is tuned where it is the task's optimizer; AdamW everywhere."""
+    return task.sgd or not method.startswith("sgd-")

@@ -1,0 +1,184 @@
+"""The results of the quality benchmark as a table and a plot.
+
+The gap of a method on a task is its final train loss over that of the oracle, which is the best of the whole grid of
+plain optimizers there: rates and schedules, AdamW and, where it is the task's optimizer, SGD.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quality_methods import AVERAGED, GRID, LAST, UNTUNED_METHODS
+from quality_tasks import TASKS
+
+Record = dict[str, Any]
+Row = tuple[str, list[str], str]  # title, methods of which the best counts, the reading
+
+
+def group(pattern: str) -> list[str]:
+    return [method for method in GRID if re.fullmatch(pattern, method)]
+
+
+def rows() -> list[Row]:
+    """What stands in the table: the tuned rows are the best of their grid on each task."""
+    found: list[Row] = []
+    for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
+        for decay in ("constant", "linear", "cosine"):
+            found.append((f"{name} tuned, {decay}", group(f"{optimizer}-{decay}-.*"), LAST))
+        found.append((f"{name} tuned, averaged", group(f"{optimizer}-constant-.*"), AVERAGED))
+    for rate in ("0.001", "0.003", "0.01"):
+        found.append((f"AdamW {rate}", [f"adamw-constant-{rate}"], LAST))
+        found.append((f"AdamW {rate}, averaged", [f"adamw-constant-{rate}"], AVERAGED))
+    for method in UNTUNED_METHODS:
+        if method.startswith("autogen"):
+            found.append((method, [method], AVERAGED))
+            found.append((f"{method}, not averaged", [method], LAST))
+        else:
+            found.append((method, [method], LAST))
+    return found
+
+
+class Results:
+    """Losses by task, method and reading, each the mean over the seeds; those with a seed missing do not count."""
+
+    def __init__(self, records: list[Record], seeds: list[int], quantity: str = "train_loss") -> None:
+        values: dict[tuple[str, str, str], dict[int, float]] = {}
+        for record in records:
+            for reading, quality in record["readings"].items():
+                value = quality[quantity]
+                cell = values.setdefault((record["task"], record["method"], reading), {})
+                cell[record["seed"]] = math.inf if value is None else value
+        self.means = {key: statistics.fmean(cell.values()) for key, cell in values.items() if set(cell) == set(seeds)}
+        self.tasks = [task for task in TASKS if any(key[0] == task for key in self.means)]
+
+    def best(self, task: str, methods: Iterable[str], reading: str) -> tuple[float, str]:
+        """The smallest value and the method it comes from; infinity if none of them was run."""
+        found = [(self.means[task, m, reading], m) for m in methods if (task, m, reading) in self.means]
+        return min(found, default=(math.inf, ""))
+
+    def oracle(self, task: str) -> tuple[float, str]:
+        return self.best(task, GRID, LAST)
+
+    def gap(self, task: str, row: Row) -> float | None:
+        """The row's loss over the oracle's; None where it was not run."""
+        (loss, method), (oracle, _) = self.best(task, *row[1:]), self.oracle(task)
+        return loss / oracle if method and math.isfinite(oracle) else None
+
+
+def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None:
+    """The smallest over the row's runs, as the time of others on the machine only adds to it."""
+    _, methods, reading = row
+    runs = [r for r in records if r["task"] == task and r["method"] in methods and reading in r["readings"]]
+    extra = reading == AVERAGED
+    return min(((r["seconds"] + extra * r["reading_seconds"]) / r["steps"] for r in runs), default=None)
+
+
+def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
+    """Time of a step as a multiple of AdamW's at a constant rate, the mean over tasks."""
+    plain: Row = ("", group("adamw-constant-.*"), LAST)
+    pairs = [(seconds_per_step(records, row, task), seconds_per_step(records, plain, task)) for task in tasks]
+    ratios = [took / base for took, base in pairs if took is not None and base is not None]
+    return statistics.fmean(ratios) if ratios else None
+
+
+def table(records: list[Record], seeds: list[int]) -> str:
+    """Markdown: final train loss, the gap, the test loss and the accuracy of the test set."""
+    train = Results(records, seeds)
+    if not train.tasks:
+        return f"no results of seeds {seeds}"
+    shown = [row for row in rows() if any(train.gap(task, row) is not None for task in train.tasks)]
+    header = ["method", *train.tasks, "mean gap", "worst", "time"]
+    lines = [f"Final train loss and (gap), mean of seeds {', '.join(map(str, seeds))}:", "", *heading(header)]
+    for row in shown:
+        gaps = [train.gap(task, row) for task in train.tasks]
+        known = [gap for gap in gaps if gap is not None]
+        cells = [
+            number(train.best(t, *row[1:])[0]) + f" ({number(g, 2)})" if g else ""
+            for t, g in zip(train.tasks, gaps, strict=True)
+        ]
+        whole = [statistics.fmean(known), max(known)] if len(known) == len(gaps) else [None, None]
+        lines.append(
+            line([row[0], *cells, *(number(v, 2) for v in whole), number(times(records, train.tasks, row), 2)])
+        )
+    oracles = "; ".join(f"{task}: {train.oracle(task)[1]}" for task in train.tasks)
+    lines += ["", f"Gap 1.00 is the oracle, the best of the grid. {oracles}.", ""]
+    lines += [
+        "Test loss and accuracy, of the methods that are best in training:",
+        "",
+        *heading(["method", *train.tasks]),
+    ]
+    return "\n".join(lines + [line([row[0], *tested(records, seeds, train, row)]) for row in shown])
+
+
+def tested(records: list[Record], seeds: list[int], train: Results, row: Row) -> list[str]:
+    loss, accuracy = (Results(records, seeds, quantity) for quantity in ("test_loss", "accuracy"))
+    keys = [(task, train.best(task, *row[1:])[1], row[2]) for task in train.tasks]
+    return [f"{number(loss.means[key])}, {accuracy.means[key]:.1%}" if key in loss.means else "" for key in keys]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three decimals, and more for losses near zero."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.05 else f"{value:.2g}"
+
+
+def heading(cells: list[str]) -> list[str]:
+    return [line(cells), line(["---"] * len(cells))]
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# ------------------------------------------------------------------------------------------------------ the plot
+
+
+def draw(records: list[Record], seeds: list[int], path: Path) -> str:
+    """Gap by task and method on the left, the rate of AutoGen over time on the right."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", width_ratios=[3, 2])
+    draw_gaps(left, Results(records, seeds))
+    draw_rates(right, records)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return f"wrote {path}"
+
+
+def draw_gaps(axes: Any, results: Results) -> None:
+    shown = [row for row in rows() if any(results.gap(task, row) is not None for task in results.tasks)][::-1]
+    for task in results.tasks:
+        points = [(gap, height) for height, row in enumerate(shown) if (gap := results.gap(task, row)) is not None]
+        axes.plot(*zip(*points, strict=True), "o", alpha=0.8, label=TASKS[task].title)
+    axes.axvline(1, color="gray", linewidth=1)
+    axes.set(xscale="log", xlim=(0.6, 6), xlabel="gap: final train loss / that of the tuned oracle")
+    axes.set_yticks(range(len(shown)), [row[0] for row in shown], fontsize=8)
+    axes.set_xticks([0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5], ["0.7", "0.8", "0.9", "1", "1.2", "1.5", "2", "3", "5"])
+    axes.xaxis.set_minor_locator(_no_ticks())
+    axes.legend(fontsize=8)
+
+
+def draw_rates(axes: Any, records: list[Record]) -> None:
+    for color, task in enumerate(TASKS):
+        runs = [r for r in records if r["task"] == task and r["method"] == "autogen"]
+        for index, record in enumerate(runs):
+            steps, rates = zip(*record["rates"], strict=True)
+            label = TASKS[task].title if index == 0 else None
+            axes.plot(steps, [math.nan if rate is None else rate for rate in rates], color=f"C{color}", label=label)
+    axes.set(yscale="log", xlabel="step", title="AutoGen", ylabel="learning rate")
+    axes.legend(fontsize=8)
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()

@@ -1,0 +1,125 @@
+"""What the methods of the quality benchmark are compared on: models, data, and how a result is measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from data import Dataset, training_batches
+from models import CNN, GPT, MLP
+
+Batch = tuple[Tensor, Tensor]
+State = dict[str, Tensor]
+
+CHUNK = 256  # examples in one forward pass of an evaluation
+STATISTICS = 16  # such passes that make the statistics of batch norms
+
+
+def conv_net() -> nn.Module:
+    """The usual one for images of 28 x 28: two convolutions, two linear layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def dropout_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over examples, and over the positions of a text. Labels run over all dimensions but the last."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training problem. `sgd` says that SGD with momentum is its optimizer, for GeN too, in place of AdamW.
+
+    `sample` is the number of training examples, and at most of test examples, that a result is measured on.
+    """
+
+    title: str
+    data: str
+    model: Callable[[int], nn.Module]  # from the number of classes
+    steps: int
+    batch_size: int
+    sample: int
+    sgd: bool = False
+
+    def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        make = partial(torch.optim.SGD, momentum=0.9) if self.sgd else torch.optim.AdamW
+        return make(model.parameters(), lr=rate)
+
+    def new_model(self, dataset: Dataset, seed: int) -> nn.Module:
+        """The same weights for the same seed. It also leaves the random numbers of dropout at the same place."""
+        torch.manual_seed(seed)
+        return self.model(dataset.classes)
+
+    def batches(self, dataset: Dataset, steps: int, seed: int) -> Iterator[Batch]:
+        """The same `steps` batches for the same seed, epoch after epoch."""
+        epochs = (training_batches(dataset, self.batch_size, e, seed=seed, rank=0, ranks=1) for e in count())
+        return islice((batch for epoch in epochs for batch in epoch), steps)
+
+
+FASHION, TEXT = "fashion-mnist", "shakespeare"
+TASKS = {
+    "cnn": Task("Fashion-MNIST CNN", FASHION, lambda _: conv_net(), 600, 64, 10_000),
+    "mlp": Task("Fashion-MNIST MLP, SGD", FASHION, lambda k: MLP(784, k, width=256), 800, 64, 10_000, sgd=True),
+    "gpt": Task("Shakespeare GPT", TEXT, lambda k: GPT(k, depth=2, width=64), 500, 32, 1_024),
+    "digits": Task("digits, BatchNorm", "digits", lambda k: CNN(1, k, width=16), 500, 64, 2_000),
+    "dropout": Task("Fashion-MNIST MLP, dropout", FASHION, lambda _: dropout_mlp(), 800, 64, 10_000),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How good weights are: mean losses over fixed samples in eval mode, and the share of right answers in the test."""
+
+    train_loss: float
+    test_loss: float
+    accuracy: float
+
+
+def measured(task: Task, dataset: Dataset, state: State) -> Reading:
+    """The quality of these weights. Statistics of batch norms are made anew from training data, whatever the method."""
+    model = task.model(dataset.classes)
+    model.load_state_dict(state)
+    train_x, train_y = sampled(dataset.train_x, dataset.train_y, task.sample)
+    test_x, test_y = sampled(dataset.test_x, dataset.test_y, task.sample)
+    update_bn(train_x.split(CHUNK)[:STATISTICS], model)
+    train_loss, _ = evaluated(model, train_x, train_y)
+    return Reading(train_loss, *evaluated(model, test_x, test_y))
+
+
+def sampled(x: Tensor, y: Tensor, size: int) -> Batch:
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:size]
+    return x[chosen], y[chosen]
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss and share of right answers."""
+    model.eval()
+    loss = right = 0.0
+    for inputs, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        logits = model(inputs)
+        loss += cross_entropy(logits, labels).item() * len(inputs)
+        right += (logits.argmax(-1) == labels).double().mean().item() * len(inputs)
+    return loss / len(x), right / len(x)
