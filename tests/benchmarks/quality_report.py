@@ -71,11 +71,12 @@ class Results:
 
 
 def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None:
-    """The smallest over the row's runs, as the time of others on the machine only adds to it."""
+    """The median over the row's runs: unlike the smallest, it does not favour rows of many runs."""
     _, methods, reading = row
     runs = [r for r in records if r["task"] == task and r["method"] in methods and reading in r["readings"]]
     extra = reading == AVERAGED
-    return min(((r["seconds"] + extra * r["reading_seconds"]) / r["steps"] for r in runs), default=None)
+    took = [(r["seconds"] + extra * r["reading_seconds"]) / r["steps"] for r in runs]
+    return statistics.median(took) if took else None
 
 
 def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
