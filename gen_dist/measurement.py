@@ -23,7 +23,7 @@ class Measurement(NamedTuple):
     """What all ranks know after the reduction, the same on each.
 
     `slope_error` and `curvature_error` are standard errors over the ranks' slices, NaN on a single rank.
-    `weight_norm` is `|theta|` and `direction_norm` is `|d|`, over the parameters that move.
+    `weight_norm` is `|theta|` and `direction_norm` is `|d|`, over the parameters that move; 0 where not asked for.
     """
 
     parabola: Quadratic
@@ -44,6 +44,7 @@ def measure(
     loss: Tensor | None,
     weight: float,
     gradients_finite: bool,
+    norms: bool,
     settings: str,
 ) -> Measurement:
     """Measure the line at `distance` and reduce over the ranks, by one all-reduce of 16 numbers. Collective.
@@ -64,7 +65,7 @@ def measure(
     seen, mark = bool(line.batches), zlib.crc32(settings.encode()) % 2**20  # its square, summed, is exact in float64
     host = [weight, weight**2, failure is not None, not gradients_finite, seen, seen * mark, seen * mark**2]
     host.append(seen * line.noise)
-    products = _inner_products(line.layout, line.direction, ranks.size)
+    products = _inner_products(line.layout, line.direction, ranks.size, norms)
     packed = torch.cat(
         [torch.tensor(host, dtype=torch.float64, device=shares.device), shares, products.to(shares.device)]
     )
@@ -121,7 +122,7 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
-def _inner_products(layout: Layout, direction: Direction, ranks: int) -> Tensor:
+def _inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
     """This rank's part of `g.d`, `|theta|^2` and `|d|^2`, shape `(3,)`: sums over ranks count every parameter once."""
     rows = [torch.zeros(3, dtype=torch.float64)]
     for _, ratio, parameters, updates in direction:
@@ -129,7 +130,10 @@ def _inner_products(layout: Layout, direction: Direction, ranks: int) -> Tensor:
             gradient, weight = sharding.local(parameter.grad), sharding.local(parameter.detach())  # type: ignore[arg-type]
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             g, w, d = gradient.flatten(), weight.flatten(), update.flatten()
-            row = torch.stack([_dot(g, d) * ratio, _dot(w, w), _dot(d, d) * ratio**2])
+            product = _dot(g, d) * ratio
+            none = torch.zeros_like(product)
+            sizes = [_dot(w, w), _dot(d, d) * ratio**2] if norms else [none, none]
+            row = torch.stack([product, *sizes])
             rows.append(row.double() / layout.replicas(parameter, ranks))
     device = rows[-1].device
     return torch.stack([row.to(device) for row in rows]).sum(0)

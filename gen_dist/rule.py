@@ -47,6 +47,10 @@ class History(NamedTuple):
 class Rule(Protocol):
     """What a scheduler needs of a rule."""
 
+    @property
+    def needs_norms(self) -> bool:
+        """Whether it looks at `|theta|` and `|d|`, which cost a pass over the weights."""
+
     def begin(self, rate: float) -> History:
         """The history before the first update, at the rate that the optimizer was given."""
 
@@ -80,6 +84,8 @@ class Raw:
 
     Taken when both are positive and finite; otherwise the last accepted rate is kept, inside the clamp.
     """
+
+    needs_norms = False
 
     def begin(self, rate: float) -> History:
         return History(rate, started=True)
@@ -134,6 +140,8 @@ class Auto:
             raise ValueError(f"decay must be 'linear' or 'cosine', got {self.decay!r}")
         if self.total_steps is not None and not self.total_steps > self.warmup_steps >= 0:
             raise ValueError(f"need total_steps > warmup_steps >= 0, got {self.total_steps} and {self.warmup_steps}")
+
+    needs_norms = True
 
     def begin(self, rate: float) -> History:
         return History(rate)  # it starts where the weights say, not there

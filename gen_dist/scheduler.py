@@ -160,6 +160,7 @@ class GenScheduler(LRScheduler):
             loss=loss,
             weight=weight,
             gradients_finite=finite,
+            norms=self.rule.needs_norms,
             settings=f"{self._settings()}, {len(slices)} batch(es)",
         )
         if not seen.gradients_finite:

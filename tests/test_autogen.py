@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, Model, boundaries, criterion, new_model, parallel
+from test_distributed import BATCH, KINDS, Model, boundaries, criterion, new_model, parallel, whole
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -25,10 +25,6 @@ def data(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 11, (steps, BATCH, 6), generator=generator)
     return [(t[:, :-1], t[:, 1:]) for t in tokens]
-
-
-def whole(p: Tensor) -> Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 Trace = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]

@@ -112,15 +112,21 @@ def train(kind: str, curvature: str, optimizer_name: str, slices: str, probes: i
         (loss if kind == "replica" else loss * share * ranks).backward()
         scheduler.step(x, y, weight=len(x))
         optimizer.step()
-        assert scheduler.last is not None
-        run.rates.append(scheduler.last.lr)
-        run.numerators.append(scheduler.last.numerator)
-        run.denominators.append(scheduler.last.denominator)
-        run.losses.append(scheduler.last.loss)
-    for name, p in inner.named_parameters():
-        whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-        run.parameters[name] = whole.detach().clone()
+        record(run, scheduler)
+    run.parameters = {name: whole(p) for name, p in inner.named_parameters()}
     return run
+
+
+def record(run: reference.Run, scheduler: gen.GenScheduler) -> None:
+    assert scheduler.last is not None
+    run.rates.append(scheduler.last.lr)
+    run.numerators.append(scheduler.last.numerator)
+    run.denominators.append(scheduler.last.denominator)
+    run.losses.append(scheduler.last.loss)
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def expected(optimizer_name: str) -> reference.Run:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, assert_same, criterion, data, expected, new_model, parallel
+from test_distributed import BATCH, KINDS, assert_same, criterion, data, expected, new_model, parallel, record, whole
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,13 +46,8 @@ def accumulate(kind: str, curvature: str, as_closures: bool) -> reference.Run:
             batches = [lambda mx=mx, my=my: criterion(model(mx), my) for mx, my in micro]
         scheduler.step(batches=batches)
         optimizer.step()
-        assert scheduler.last is not None
-        run.rates.append(scheduler.last.lr)
-        run.numerators.append(scheduler.last.numerator)
-        run.denominators.append(scheduler.last.denominator)
-        run.losses.append(scheduler.last.loss)
-    for name, p in inner.named_parameters():
-        run.parameters[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        record(run, scheduler)
+    run.parameters = {name: whole(p) for name, p in inner.named_parameters()}
     return run
 
 
