@@ -2,13 +2,18 @@
 
     python tests/benchmarks/quality.py run --data-dir data [--tasks cnn gpt] [--methods 'adamw-*' autogen] [--seeds 1 2]
     python tests/benchmarks/quality.py summary
+    python tests/benchmarks/quality.py methods [--tasks sentences]
+    python tests/benchmarks/quality.py ranks --tasks mlp --ranks 2 4 --data-dir data
 
 A run is one task, method, seed and length, and appends one JSON line to `--results`; what stands there already is not
 run again, so a benchmark can be stopped and go on. `--part 1/2` and `--part 2/2` share the runs between two processes.
-`--length 4` is four times as many steps. Methods are designed on seed 0 and reported on seeds 1 and 2.
+`--length 4` is four times as many steps, `--steps 10000` exactly as many; a summary is of one length. Methods are
+designed on seed 0 and reported on seeds 1 and 2.
 
-The tasks stand in quality_tasks.py and the methods in quality_methods.py. Rivals need pip install schedulefree
-prodigyopt gen-optim; those not installed are left out.
+`ranks` compares AutoGen's curves on several ranks with those of one process.
+
+The tasks stand in quality_tasks.py and the methods in quality_methods.py. Rivals, and the weights of the task
+`sentences`, need pip install "gen_dist[benchmarks]"; what is not installed is left out, and so are tasks without data.
 """
 
 from __future__ import annotations
@@ -19,9 +24,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +33,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality_methods import METHODS, Training, takes_part
+from quality_ranks import compare
 from quality_report import draw, table
-from quality_tasks import TASKS, measured
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import data
+from quality_tasks import TASKS, Dataset, MissingDataError, load, measured
 
 RATES_KEPT = 100  # of a run
 RUNS = Path("runs")
@@ -48,15 +50,10 @@ class Run(NamedTuple):
     length: float
 
 
-@cache
-def dataset(name: str, directory: Path) -> data.Dataset:
-    return data.load(name, directory)
-
-
 def perform(run: Run, directory: Path) -> dict[str, Any]:
     """Train and measure. `seconds` is the time of this process's CPU in training, without time for other readings."""
     task = TASKS[run.task]
-    examples = dataset(task.data, directory)
+    examples = load(task.data, directory)
     steps = round(task.steps * run.length)
     training = METHODS[run.method](task, task.new_model(examples, run.seed), steps)
     rates: list[tuple[int, float | None]] = []
@@ -78,7 +75,7 @@ def perform(run: Run, directory: Path) -> dict[str, Any]:
     }
 
 
-def readings(training: Training, run: Run, examples: data.Dataset) -> dict[str, dict[str, float | None]]:
+def readings(training: Training, run: Run, examples: Dataset) -> dict[str, dict[str, float | None]]:
     task = TASKS[run.task]
     found = {name: asdict(measured(task, examples, state)) for name, state in training.readings().items()}
     return {name: {key: finite(value) for key, value in reading.items()} for name, reading in found.items()}
@@ -89,14 +86,17 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def chosen(tasks: Iterable[str], patterns: list[str], seeds: list[int], length: float) -> Iterator[Run]:
-    """The runs asked for, seed by seed and task by task."""
-    methods = [method for pattern in patterns for method in fnmatch.filter(METHODS, pattern)]
+def chosen(lengths: dict[str, float], patterns: list[str], seeds: list[int]) -> Iterator[Run]:
+    """The runs asked for, seed by seed and task by task; `lengths` are those of the tasks."""
     for seed in seeds:
-        for task in tasks:
-            for method in dict.fromkeys(methods):
-                if takes_part(method, TASKS[task]):
-                    yield Run(task, method, seed, length)
+        for task, length in lengths.items():
+            for method in methods_of(task, patterns):
+                yield Run(task, method, seed, length)
+
+
+def methods_of(task: str, patterns: list[str]) -> list[str]:
+    found = dict.fromkeys(method for pattern in patterns for method in fnmatch.filter(METHODS, pattern))
+    return [method for method in found if takes_part(method, TASKS[task])]
 
 
 def recorded(results: Path) -> list[dict[str, Any]]:
@@ -112,8 +112,8 @@ def run_missing(runs: list[Run], results: Path, directory: Path) -> None:
     for number, run in enumerate(missing, 1):
         try:
             record = perform(run, directory)
-        except ImportError as error:
-            print(f"{run.method} left out: {error}")
+        except (ImportError, MissingDataError) as error:
+            print(f"{run.task} {run.method} left out: {error}")
             continue
         with results.open("a") as file:
             print(json.dumps(record), file=file)
@@ -136,12 +136,15 @@ def part(text: str) -> tuple[int, int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "summary", "methods"], help="methods lists their names")
+    parser.add_argument("command", choices=["run", "summary", "methods", "ranks"], help="methods lists their names")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="names, or patterns with *")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--length", type=float, default=1.0, help="multiplies the number of steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--length", type=float, default=1.0, help="multiplies the number of steps")
+    length.add_argument("--steps", type=int, help="the number of steps itself, in place of a length")
     parser.add_argument("--part", type=part, default=(1, 1), help="1/2: every second run, for two processes")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="numbers of ranks")
     parser.add_argument("--results", type=Path, default=RUNS / "quality.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     return parser.parse_args()
@@ -150,17 +153,31 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
+    steps = options.steps
+    lengths = {task: steps / TASKS[task].steps if steps else options.length for task in options.tasks}
     if options.command == "methods":
-        print("\n".join(METHODS))
+        print("\n".join(dict.fromkeys(method for task in lengths for method in methods_of(task, options.methods))))
+    elif options.command == "ranks":
+        for task, length in lengths.items():
+            print(compare(task, options.ranks, round(TASKS[task].steps * length), options.seeds[0], options.data_dir))
     elif options.command == "run":
         number, of = options.part
-        runs = list(chosen(options.tasks, options.methods, options.seeds, options.length))[number - 1 :: of]
-        run_missing(runs, options.results, options.data_dir)
+        run_missing(
+            list(chosen(lengths, options.methods, options.seeds))[number - 1 :: of], options.results, options.data_dir
+        )
     else:
-        records = [r for r in recorded(options.results) if r["length"] == options.length]
-        records = [r for r in records if r["seed"] in options.seeds and r["task"] in options.tasks]
+        records = [r for r in recorded(options.results) if lengths.get(r["task"]) == r["length"]]
+        records = [r for r in records if r["seed"] in options.seeds]
         print(table(records, options.seeds))
-        print(draw(records, options.seeds, options.results.with_suffix(".png")))
+        print(draw(records, options.seeds, plot_path(options)))
+
+
+def plot_path(options: argparse.Namespace) -> Path:
+    """Beside the results; for a length of its own, by a name of its own."""
+    results: Path = options.results
+    if options.steps:
+        return results.with_name(f"{results.stem}-{options.steps}-steps.png")
+    return results.with_name(results.stem + ("" if options.length == 1 else f"-x{options.length:g}") + ".png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from quality_tasks import State, Task, cross_entropy
+from quality_tasks import ADAMW_RATES, FINE_TUNING_RATES, SGD_RATES, State, Task, cross_entropy
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -17,6 +17,7 @@ from gen_dist.rule import Auto
 from gen_dist.sharding import Layout
 
 LAST, AVERAGED = "last", "averaged"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some rate to begin with
 
 
@@ -98,14 +99,18 @@ class ScheduleFree(Training):
         return super().readings()
 
 
-class Prodigy(Training):
-    def __init__(self, model: nn.Module) -> None:
-        import prodigyopt
-
-        super().__init__(model, prodigyopt.Prodigy(model.parameters()))
+class Distance(Training):
+    """An optimizer that estimates the distance `d` to the solution, and multiplies its rate by it."""
 
     def rate(self) -> float:
         return super().rate() * float(self.optimizer.param_groups[0]["d"])
+
+
+class DoG(Constant):
+    """Distance over gradients, averaged: the growing window is the one of its authors' PolynomialDecayAverager."""
+
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["eta"][0])
 
 
 class GenOptim(Training):
@@ -153,8 +158,7 @@ class Scheduled(Training):
 
 Start = Callable[[Task, nn.Module, int], Training]  # from task, model and number of steps
 
-ADAMW_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-SGD_RATES = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+UNTUNED_RATES = (1e-3, 3e-3, 1e-2)  # of AdamW: rivals in their own right, on every task
 DECAYS: dict[str, Callable[[float], float] | None] = {
     "constant": None,
     "linear": lambda done: 1 - done,
@@ -178,17 +182,44 @@ def tuned(make: Callable[[nn.Module, float], torch.optim.Optimizer], rate: float
     return start
 
 
+def prodigy(task: Task, model: nn.Module, steps: int) -> Training:
+    import prodigyopt
+
+    return Distance(model, prodigyopt.Prodigy(model.parameters()))
+
+
+def d_adapt_adam(task: Task, model: nn.Module, steps: int) -> Training:
+    import dadaptation
+
+    return Distance(model, dadaptation.DAdaptAdam(model.parameters()))
+
+
+def distance_over_gradients(name: str) -> Start:
+    """By the class `name` of the authors' package, with the first distance that they advise."""
+
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        import dog
+
+        normalised = any(isinstance(module, BATCH_NORMS) for module in model.modules())
+        return DoG(model, getattr(dog, name)(model.parameters(), reps_rel=1e-4 if normalised else 1e-6))
+
+    return start
+
+
 def textbook(task: Task, model: nn.Module, steps: int) -> Training:
     optimizer = gen.as_gen_optimizer(task.optimizer(model, UNTUNED))
     return Scheduled(gen.ExactGen(optimizer, model, cross_entropy, lr_max=1.0))
 
 
 def autogen(**rule: Any) -> Start:
-    """AutoGen with other values of the rule; `horizon` names a decay to zero at the last step."""
-    decay = rule.pop("horizon", None)
+    """AutoGen with other values of the rule.
+
+    `horizon` names a decay to zero at the last step, `make` makes another optimizer than the task's.
+    """
+    decay, make = rule.pop("horizon", None), rule.pop("make", None)
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
-        optimizer = gen.as_gen_optimizer(task.optimizer(model, UNTUNED))
+        optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
         known = {"total_steps": steps, "decay": decay} if decay else {}
         return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, rule=Auto(**rule, **known)))
 
@@ -197,17 +228,24 @@ def autogen(**rule: Any) -> Start:
 
 GRID = {
     f"{name}-{decay}-{rate:g}": tuned(make, rate, decay)
-    for name, make, rates in [("adamw", make_adamw, ADAMW_RATES), ("sgd", make_sgd, SGD_RATES)]
+    for name, make, rates in [
+        ("adamw", make_adamw, sorted({*ADAMW_RATES, *FINE_TUNING_RATES})),
+        ("sgd", make_sgd, SGD_RATES),
+    ]
     for decay in DECAYS
     for rate in rates
 }
 UNTUNED_METHODS: dict[str, Start] = {
     "schedule-free": lambda task, model, steps: ScheduleFree(model),
     "schedule-free-0.01": lambda task, model, steps: ScheduleFree(model, lr=0.01),
-    "prodigy": lambda task, model, steps: Prodigy(model),
+    "prodigy": prodigy,
+    "d-adapt-adam": d_adapt_adam,
+    "dog": distance_over_gradients("DoG"),
+    "ldog": distance_over_gradients("LDoG"),
     "gen-optim": lambda task, model, steps: GenOptim(model, task.optimizer(model, UNTUNED)),
     "textbook": textbook,
     "autogen": autogen(),
+    "autogen-adamw": autogen(make=make_adamw),
     "autogen-unsmoothed": autogen(smoothing=0.0),
     "autogen-unlimited-growth": autogen(growth=math.inf),
     "autogen-never-settling": autogen(settle_after=10**9),
@@ -221,5 +259,10 @@ METHODS = GRID | UNTUNED_METHODS
 
 
 def takes_part(method: str, task: Task) -> bool:
-    """SGD is tuned where it is the task's optimizer; AdamW everywhere."""
-    return task.sgd or not method.startswith("sgd-")
+    """SGD is tuned where it is the task's optimizer, AdamW everywhere, each over the rates that suit the task."""
+    if method not in GRID:
+        return task.sgd or method != "autogen-adamw"
+    name, decay, rate = method.split("-", 2)
+    if name == "sgd":
+        return task.sgd
+    return float(rate) in task.adamw_rates or (decay == "constant" and float(rate) in UNTUNED_RATES)

@@ -19,6 +19,8 @@ from quality_tasks import TASKS
 Record = dict[str, Any]
 Row = tuple[str, list[str], str]  # title, methods of which the best counts, the reading
 
+AVERAGING = ("autogen", "dog", "ldog")  # methods whose averaged weights are their result
+
 
 def group(pattern: str) -> list[str]:
     return [method for method in GRID if re.fullmatch(pattern, method)]
@@ -35,7 +37,7 @@ def rows() -> list[Row]:
         found.append((f"AdamW {rate}", [f"adamw-constant-{rate}"], LAST))
         found.append((f"AdamW {rate}, averaged", [f"adamw-constant-{rate}"], AVERAGED))
     for method in UNTUNED_METHODS:
-        if method.startswith("autogen"):
+        if method.startswith(AVERAGING):
             found.append((method, [method], AVERAGED))
             found.append((f"{method}, not averaged", [method], LAST))
         else:
@@ -60,6 +62,10 @@ class Results:
         """The smallest value and the method it comes from; infinity if none of them was run."""
         found = [(self.means[task, m, reading], m) for m in methods if (task, m, reading) in self.means]
         return min(found, default=(math.inf, ""))
+
+    def shown(self) -> list[Row]:
+        """The rows that have results."""
+        return [row for row in rows() if any(self.best(task, *row[1:])[1] for task in self.tasks)]
 
     def oracle(self, task: str) -> tuple[float, str]:
         return self.best(task, GRID, LAST)
@@ -88,25 +94,28 @@ def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
 
 
 def table(records: list[Record], seeds: list[int]) -> str:
-    """Markdown: final train loss, the gap, the test loss and the accuracy of the test set."""
+    """Markdown: final train loss, the gap, the test loss and the accuracy of the test set; records of one length."""
     train = Results(records, seeds)
     if not train.tasks:
         return f"no results of seeds {seeds}"
-    shown = [row for row in rows() if any(train.gap(task, row) is not None for task in train.tasks)]
+    shown = train.shown()
     header = ["method", *train.tasks, "mean gap", "worst", "time"]
-    lines = [f"Final train loss and (gap), mean of seeds {', '.join(map(str, seeds))}:", "", *heading(header)]
+    steps = {record["task"]: record["steps"] for record in records}
+    lines = [
+        f"Final train loss and (gap), mean of seeds {', '.join(map(str, seeds))}, after "
+        f"{', '.join(f'{steps[task]:,} steps ({task})' for task in train.tasks)}:",
+        "",
+        *heading(header),
+    ]
     for row in shown:
         gaps = [train.gap(task, row) for task in train.tasks]
         known = [gap for gap in gaps if gap is not None]
-        cells = [
-            number(train.best(t, *row[1:])[0]) + f" ({number(g, 2)})" if g else ""
-            for t, g in zip(train.tasks, gaps, strict=True)
-        ]
+        cells = [cell(*train.best(t, *row[1:]), g) for t, g in zip(train.tasks, gaps, strict=True)]
         whole = [statistics.fmean(known), max(known)] if len(known) == len(gaps) else [None, None]
         lines.append(
             line([row[0], *cells, *(number(v, 2) for v in whole), number(times(records, train.tasks, row), 2)])
         )
-    oracles = "; ".join(f"{task}: {train.oracle(task)[1]}" for task in train.tasks)
+    oracles = "; ".join(f"{task}: {train.oracle(task)[1] or 'not run'}" for task in train.tasks)
     lines += ["", f"Gap 1.00 is the oracle, the best of the grid. {oracles}.", ""]
     lines += [
         "Test loss and accuracy, of the methods that are best in training:",
@@ -114,6 +123,12 @@ def table(records: list[Record], seeds: list[int]) -> str:
         *heading(["method", *train.tasks]),
     ]
     return "\n".join(lines + [line([row[0], *tested(records, seeds, train, row)]) for row in shown])
+
+
+def cell(loss: float, method: str, gap: float | None) -> str:
+    if not method:
+        return ""
+    return number(loss) if gap is None else f"{number(loss)} ({number(gap, 2)})"
 
 
 def tested(records: list[Record], seeds: list[int], train: Results, row: Row) -> list[str]:
@@ -156,10 +171,10 @@ def draw(records: list[Record], seeds: list[int], path: Path) -> str:
 
 
 def draw_gaps(axes: Any, results: Results) -> None:
-    shown = [row for row in rows() if any(results.gap(task, row) is not None for task in results.tasks)][::-1]
+    shown = results.shown()[::-1]
     for task in results.tasks:
-        points = [(gap, height) for height, row in enumerate(shown) if (gap := results.gap(task, row)) is not None]
-        axes.plot(*zip(*points, strict=True), "o", alpha=0.8, label=TASKS[task].title)
+        gaps = [results.gap(task, row) for row in shown]
+        axes.plot(gaps, range(len(shown)), "o", alpha=0.8, label=TASKS[task].title)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set(xscale="log", xlim=(0.6, 6), xlabel="gap: final train loss / that of the tuned oracle")
     axes.set_yticks(range(len(shown)), [row[0] for row in shown], fontsize=8)

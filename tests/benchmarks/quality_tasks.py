@@ -5,24 +5,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
 
+import quality_sentences
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from data import Dataset, training_batches
+import data
+from data import Dataset, MissingDataError, training_batches
 from models import CNN, GPT, MLP
+
+__all__ = ["TASKS", "Dataset", "MissingDataError", "Reading", "Task", "cross_entropy", "load", "measured"]
 
 Batch = tuple[Tensor, Tensor]
 State = dict[str, Tensor]
 
 CHUNK = 256  # examples in one forward pass of an evaluation
 STATISTICS = 16  # such passes that make the statistics of batch norms
+
+ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FINE_TUNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def conv_net() -> nn.Module:
@@ -53,6 +61,7 @@ class Task:
     """A training problem. `sgd` says that SGD with momentum is its optimizer, for GeN too, in place of AdamW.
 
     `sample` is the number of training examples, and at most of test examples, that a result is measured on.
+    `adamw_rates` are those that AdamW is tuned over: the best should lie inside.
     """
 
     title: str
@@ -62,6 +71,7 @@ class Task:
     batch_size: int
     sample: int
     sgd: bool = False
+    adamw_rates: tuple[float, ...] = ADAMW_RATES
 
     def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         make = partial(torch.optim.SGD, momentum=0.9) if self.sgd else torch.optim.AdamW
@@ -72,9 +82,9 @@ class Task:
         torch.manual_seed(seed)
         return self.model(dataset.classes)
 
-    def batches(self, dataset: Dataset, steps: int, seed: int) -> Iterator[Batch]:
-        """The same `steps` batches for the same seed, epoch after epoch."""
-        epochs = (training_batches(dataset, self.batch_size, e, seed=seed, rank=0, ranks=1) for e in count())
+    def batches(self, dataset: Dataset, steps: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """The same `steps` batches for the same seed, epoch after epoch; of each, this rank's slice."""
+        epochs = (training_batches(dataset, self.batch_size, e, seed=seed, rank=rank, ranks=ranks) for e in count())
         return islice((batch for epoch in epochs for batch in epoch), steps)
 
 
@@ -85,7 +95,22 @@ TASKS = {
     "gpt": Task("Shakespeare GPT", TEXT, lambda k: GPT(k, depth=2, width=64), 500, 32, 1_024),
     "digits": Task("digits, BatchNorm", "digits", lambda k: CNN(1, k, width=16), 500, 64, 2_000),
     "dropout": Task("Fashion-MNIST MLP, dropout", FASHION, lambda _: dropout_mlp(), 800, 64, 10_000),
+    "sentences": Task(
+        "film reviews, fine-tuned MiniLM",
+        quality_sentences.NAME,
+        quality_sentences.SentenceClassifier,
+        120,
+        16,
+        512,
+        adamw_rates=FINE_TUNING_RATES,
+    ),
 }
+
+
+@cache
+def load(name: str, directory: Path) -> Dataset:
+    """The data set of that name. Raises `MissingDataError`, which says what to type, where it is not to be had."""
+    return (quality_sentences.load if name == quality_sentences.NAME else partial(data.load, name))(directory)
 
 
 @dataclass(frozen=True)
