@@ -144,7 +144,7 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--length", type=float, default=1.0, help="multiplies the number of steps")
     length.add_argument("--steps", type=int, help="the number of steps itself, in place of a length")
     parser.add_argument("--part", type=part, default=(1, 1), help="1/2: every second run, for two processes")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="numbers of ranks")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="numbers of ranks; the first of the seeds")
     parser.add_argument("--results", type=Path, default=RUNS / "quality.jsonl")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     return parser.parse_args()
@@ -153,8 +153,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    steps = options.steps
-    lengths = {task: steps / TASKS[task].steps if steps else options.length for task in options.tasks}
+    lengths = {task: length_of(task, options) for task in options.tasks}
     if options.command == "methods":
         print("\n".join(dict.fromkeys(method for task in lengths for method in methods_of(task, options.methods))))
     elif options.command == "ranks":
@@ -162,14 +161,17 @@ def main() -> None:
             print(compare(task, options.ranks, round(TASKS[task].steps * length), options.seeds[0], options.data_dir))
     elif options.command == "run":
         number, of = options.part
-        run_missing(
-            list(chosen(lengths, options.methods, options.seeds))[number - 1 :: of], options.results, options.data_dir
-        )
+        runs = list(chosen(lengths, options.methods, options.seeds))[number - 1 :: of]
+        run_missing(runs, options.results, options.data_dir)
     else:
         records = [r for r in recorded(options.results) if lengths.get(r["task"]) == r["length"]]
         records = [r for r in records if r["seed"] in options.seeds]
         print(table(records, options.seeds))
         print(draw(records, options.seeds, plot_path(options)))
+
+
+def length_of(task: str, options: argparse.Namespace) -> float:
+    return options.steps / TASKS[task].steps if options.steps else options.length
 
 
 def plot_path(options: argparse.Namespace) -> Path:

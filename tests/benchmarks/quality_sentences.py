@@ -19,7 +19,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from data import Dataset, MissingDataError
 
-NAME = "film-reviews"
 TOKENS = 24  # of a sentence; the rest is cut off
 TEST_SHARE = 0.2
 
@@ -122,7 +121,7 @@ def tokenized(sentences: list[str], length: int = TOKENS) -> Tensor:
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
 
 
-def load(directory: Path) -> Dataset:
+def load_reviews(directory: Path) -> Dataset:
     """Film reviews as tokens, labelled 1 where the mean of the ratings is positive, else 0."""
     archive = directory / ARCHIVE
     if not archive.is_file():

@@ -9,9 +9,9 @@ from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
 
-import quality_sentences
 import torch
 import torch.nn.functional as F
+from quality_sentences import SentenceClassifier, load_reviews
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -88,7 +88,7 @@ class Task:
         return islice((batch for epoch in epochs for batch in epoch), steps)
 
 
-FASHION, TEXT = "fashion-mnist", "shakespeare"
+FASHION, TEXT, REVIEWS = "fashion-mnist", "shakespeare", "film-reviews"
 TASKS = {
     "cnn": Task("Fashion-MNIST CNN", FASHION, lambda _: conv_net(), 600, 64, 10_000),
     "mlp": Task("Fashion-MNIST MLP, SGD", FASHION, lambda k: MLP(784, k, width=256), 800, 64, 10_000, sgd=True),
@@ -96,13 +96,7 @@ TASKS = {
     "digits": Task("digits, BatchNorm", "digits", lambda k: CNN(1, k, width=16), 500, 64, 2_000),
     "dropout": Task("Fashion-MNIST MLP, dropout", FASHION, lambda _: dropout_mlp(), 800, 64, 10_000),
     "sentences": Task(
-        "film reviews, fine-tuned MiniLM",
-        quality_sentences.NAME,
-        quality_sentences.SentenceClassifier,
-        120,
-        16,
-        512,
-        adamw_rates=FINE_TUNING_RATES,
+        "film reviews, fine-tuned MiniLM", REVIEWS, SentenceClassifier, 120, 16, 512, adamw_rates=FINE_TUNING_RATES
     ),
 }
 
@@ -110,7 +104,7 @@ TASKS = {
 @cache
 def load(name: str, directory: Path) -> Dataset:
     """The data set of that name. Raises `MissingDataError`, which says what to type, where it is not to be had."""
-    return (quality_sentences.load if name == quality_sentences.NAME else partial(data.load, name))(directory)
+    return load_reviews(directory) if name == REVIEWS else data.load(name, directory)
 
 
 @dataclass(frozen=True)
