@@ -42,7 +42,7 @@ def second_order_approximation_coeffs(
     Scalars, float64, on the CPU, the same on every rank. `loss` replaces `phi(0)` where it is already known.
     """
     line, ranks = _line(model, criterion, optimizer, x, y)
-    value, slope, curvature = _mean(ranks, line.jet())
+    value, slope, curvature = _mean(ranks, line.jet().mean(0))
     return (value if loss is None else loss.detach().double().cpu().reshape(()), slope, curvature / 2)
 
 
@@ -72,7 +72,7 @@ def loss_per_learning_rate(
     """`phi(a) = L(theta - a d)` itself at each learning rate, one forward pass a point, as an array of their shape."""
     rates = _rates(learning_rates)
     line, ranks = _line(model, criterion, optimizer, x, y)
-    losses = _mean(ranks, line.losses(rates.ravel().tolist()))
+    losses = _mean(ranks, line.losses(rates.ravel().tolist()).mean(0))
     return losses.numpy().reshape(rates.shape)
 
 

@@ -1,8 +1,8 @@
 """How curvature is measured: a line in, a parabola `(loss, slope, curvature)` out.
 
-An estimator works in two steps, with the reduction over ranks between them. `measure(line)` gives three numbers of
-this rank's slice that may be averaged over ranks; `parabola(measured, g_dot_d)` turns the averages into a
-`Quadratic`.
+An estimator works in two steps, with the reduction over ranks between them. `measure(line)` gives three numbers for
+each of this rank's batches that may be averaged over batches and ranks; `parabola(measured, g_dot_d)` turns the
+averages into a `Quadratic`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Estimator(Protocol):
     """What a scheduler needs of an estimator."""
 
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
-        """Three float64 numbers of this rank's slice; `distance` is a rate to probe at, `loss` the known `phi(0)`."""
+        """Three float64 numbers a batch, shape `(batches, 3)`; `distance` is a rate to probe at, `loss` holds known
+        `phi(0)`, one a batch."""
 
     def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
-        """`(phi', phi'')` of one slice, as far as it tells them: how they differ between slices is their error."""
+        """`(phi', phi'')` of each batch, as far as it tells them: how they differ between batches is their error."""
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         """The parabola, from the numbers averaged over ranks; `noise` is that of the line, relative to the loss."""
@@ -50,7 +51,7 @@ class Exact:
         return line.jet()
 
     def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
-        return measured[1:]
+        return measured[..., 1:]
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         return Quadratic(*measured)
@@ -78,21 +79,22 @@ class Forward:
 
     def measure(self, line: Line, distance: float, loss: Tensor | None) -> Tensor:
         displaced = [distance, -distance][: self.probes]
-        if loss is None:
+        if loss is None or loss.numel() != len(line.batches):
             losses = line.losses([0.0, *displaced])
         else:
             losses = line.losses(displaced)
+            here = loss.detach().double().reshape(-1, 1).to(losses.device)
             if line.draws_random_numbers:  # other masks than in the training step: another line
-                loss = line.losses([0.0])[0]
-            losses = torch.cat([loss.detach().double().reshape(1).to(losses.device), losses])
-        return losses if self.probes == 2 else torch.cat([losses, losses[1:]])
+                here = line.losses([0.0])
+            losses = torch.cat([here, losses], dim=1)
+        return losses if self.probes == 2 else torch.cat([losses, losses[:, 1:]], dim=1)
 
     def slope_and_curvature(self, measured: Tensor, distance: float) -> Tensor:
-        here, ahead, behind = measured
+        here, ahead, behind = measured.unbind(-1)
         if self.probes == 1:  # the chord to the probe, and nothing of the curvature without the gradient's slope
-            return torch.stack([(ahead - here) / distance, torch.full_like(here, torch.nan)])
+            return torch.stack([(ahead - here) / distance, torch.full_like(here, torch.nan)], dim=-1)
         slope, curvature = (ahead - behind) / (2 * distance), (ahead - 2 * here + behind) / distance**2
-        return torch.stack([slope, curvature])
+        return torch.stack([slope, curvature], dim=-1)
 
     def parabola(self, measured: Sequence[float], distance: float, g_dot_d: float, noise: float) -> Quadratic:
         here, ahead, behind = measured

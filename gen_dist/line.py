@@ -41,7 +41,7 @@ Restart: TypeAlias = Callable[[], bool]
 class Line:
     """`phi(a)`, the mean of the batches' losses at `theta - a d`.
 
-    All results are float64 tensors on the loss's device, not reduced over ranks.
+    All results are float64 tensors on the loss's device, one row for each batch, not reduced over ranks.
     """
 
     def __init__(self, layout: Layout, direction: Direction, batches: Sequence[Batch]) -> None:
@@ -53,7 +53,7 @@ class Line:
         self.noise = 0.0  # of the loss, relative: what rounding may change; known after `losses`
 
     def losses(self, rates: Sequence[float]) -> Tensor:
-        """`phi` at each rate, by moving the weights in place; shape `(len(rates),)`."""
+        """`phi` at each rate, by moving the weights in place; shape `(batches, rates)`."""
         with torch.no_grad(), self.layout.bare(), _undisturbed(self.model) as restart:
             with _moved(self.direction) as move_to, self._noting_precision():
                 values = []
@@ -61,15 +61,15 @@ class Line:
                     if not move_to(rate):
                         self.noise = UNRESOLVED
                     restart()
-                    values.append(self._mean(batch.loss() for batch in self.batches))
+                    values.append(self._values(batch.loss() for batch in self.batches))
                     self.layout.reshard()
                 self.draws_random_numbers = restart()
-            return torch.stack(values)
+            return torch.stack(values, dim=1)
 
     def jet(self) -> Tensor:
-        """`(phi, phi', phi'')` at 0, exact up to rounding, from one run without a graph; shape `(3,)`."""
+        """`(phi, phi', phi'')` at 0, exact up to rounding, from one run without a graph; shape `(batches, 3)`."""
         with self._carrying_jets():
-            return torch.stack([_coefficients(batch.loss()) for batch in self.batches]).mean(0)
+            return torch.stack([_coefficients(batch.loss()) for batch in self.batches])
 
     def gauss_newton(self) -> Tensor:
         """As `jet`, with the model taken to first order: `phi'' = (J d)' H (J d)`, `H` the criterion's Hessian.
@@ -83,7 +83,7 @@ class Line:
                     output = batch.output()
                 output = tree_map_only(Jet, lambda jet: Jet(jet.value, jet.velocity), output)
                 results.append(_coefficients(batch.loss_of(output)))
-            return torch.stack(results).mean(0)
+            return torch.stack(results)
 
     @contextlib.contextmanager
     def _carrying_jets(self) -> Iterator[None]:
@@ -108,10 +108,10 @@ class Line:
             finally:
                 self.layout.reshard()
 
-    def _mean(self, losses: Iterable[Tensor]) -> Tensor:
+    def _values(self, losses: Iterable[Tensor]) -> Tensor:
         values = [loss.detach() for loss in losses]
         self.noise = max(self.noise, ROUNDINGS_OF_LOSS * torch.finfo(values[0].dtype).eps)
-        return torch.stack([value.double() for value in values]).mean()
+        return torch.stack([value.double() for value in values])
 
     @contextlib.contextmanager
     def _noting_precision(self) -> Iterator[None]:

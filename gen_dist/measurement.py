@@ -1,9 +1,10 @@
-"""One measurement of the line by all ranks together: each looks at its own slice, and one reduction joins them."""
+"""One measurement by all ranks together: each looks at its own slice, and one reduction joins them."""
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,80 +17,139 @@ from gen_dist.line import Line
 from gen_dist.optimizer import Direction
 from gen_dist.sharding import Layout
 
-__all__ = ["Measurement", "gradients_are_finite", "measure"]
+__all__ = ["Measurement", "Request", "gradients_are_finite", "losses_together", "measure", "reduce"]
+
+
+class Request(NamedTuple):
+    """How to measure. The same on all ranks but for `loss` and `weight`, those of this rank."""
+
+    estimator: Estimator
+    distance: float  # a rate to probe at
+    loss: Tensor | None  # known phi(0), one a batch
+    weight: float  # this rank's share
+    gradients_finite: bool
+    norms: bool  # whether |theta| and |d| are wanted
+    settings: str  # of the user, in words
 
 
 class Measurement(NamedTuple):
     """What all ranks know after the reduction, the same on each.
 
-    `slope_error` and `curvature_error` are standard errors over the ranks' slices, NaN on a single rank.
+    The errors are standard errors over the slices, which are all batches of all ranks; NaN where there is one alone.
     `weight_norm` is `|theta|` and `direction_norm` is `|d|`, over the parameters that move; 0 where not asked for.
+    `noise` is the part of `g.d` that is noise (see signal.py), NaN where not asked for.
     """
 
     parabola: Quadratic
     g_dot_d: float
     gradients_finite: bool
-    slope_error: float
-    curvature_error: float
-    weight_norm: float
-    direction_norm: float
+    slope_error: float = math.nan
+    curvature_error: float = math.nan
+    weight_norm: float = 0.0
+    direction_norm: float = 0.0
+    noise: float = math.nan
 
 
-def measure(
-    line: Line,
-    estimator: Estimator,
-    ranks: Ranks,
-    *,
-    distance: float,
-    loss: Tensor | None,
-    weight: float,
-    gradients_finite: bool,
-    norms: bool,
-    settings: str,
-) -> Measurement:
-    """Measure the line at `distance` and reduce over the ranks, by one all-reduce of 16 numbers. Collective.
+class Reduced(NamedTuple):
+    """Lines after the reduction: `means` of what the estimator measured, `(lines, 3)`, and `squares`, the means of
+    squared slopes and curvatures, `(lines, 2)`, over slices; `sums` over ranks; and how many `slices` there are, as if
+    they were of equal size."""
 
-    `weight` is this rank's share and `settings` what must be the same on all ranks. Raises on every rank what went
-    wrong on any: the error itself there, `RuntimeError` elsewhere, and `ValueError` for settings that differ.
+    means: list[list[float]]
+    squares: list[list[float]]
+    sums: list[float]
+    noise: float
+    slices: float
+    gradients_finite: bool
+
+
+def measure(line: Line, ranks: Ranks, request: Request, gradient_noise: float | None = None) -> Measurement:
+    """Measure the line, by one all-reduce of 16 numbers. Collective; raises as `reduce` does.
+
+    `gradient_noise`, this rank's, takes a seventeenth.
+    """
+    products = inner_products(line.layout, line.direction, ranks.size, request.norms).sum(0)
+    shares = [] if gradient_noise is None else [gradient_noise]
+    found = reduce([line], ranks, request, products, shares)
+    g_dot_d, weight_square, direction_square = found.sums[:3]
+    means, (slope_square, curvature_square) = found.means[0], found.squares[0]
+    bends = request.estimator.slope_and_curvature(torch.tensor(means, dtype=torch.float64), request.distance)
+    slope, curvature = bends.tolist()
+    return Measurement(
+        request.estimator.parabola(means, request.distance, g_dot_d, found.noise),
+        g_dot_d,
+        found.gradients_finite,
+        _standard_error(slope_square - slope**2, found.slices),
+        _standard_error(curvature_square - curvature**2, found.slices),
+        math.sqrt(weight_square),
+        math.sqrt(direction_square),
+        found.sums[3] / (found.slices - 1) if shares and found.slices > 1.001 else math.nan,
+    )
+
+
+def reduce(
+    lines: Sequence[Line], ranks: Ranks, request: Request, products: Tensor, shares: Sequence[float] = ()
+) -> Reduced:
+    """Measure lines on the same batches and reduce over the ranks, by one all-reduce. Collective.
+
+    With them go `products`, which are summed over the ranks, and `shares`, which are averaged by weight. Raises on
+    every rank what went wrong on any: the error itself there, `RuntimeError` elsewhere, and `ValueError` for settings
+    that differ.
     """
     failure: Exception | None = None
-    phi = torch.full((3,), math.nan, dtype=torch.float64)
+    phi = torch.full((len(lines), 1, 3), math.nan, dtype=torch.float64)
+    batches, weight, loss = len(lines[0].batches), request.weight, request.loss
     try:
-        if gradients_finite and line.batches:
-            phi = estimator.measure(line, distance, loss)
+        if request.gradients_finite and batches:
+            measured = []
+            for line in lines:
+                measured.append(request.estimator.measure(line, request.distance, loss))
+                loss = measured[-1][:, 0]  # all start at the same point
+            phi = torch.stack(measured)
     except Exception as error:
         failure = error
+    bends = request.estimator.slope_and_curvature(phi, request.distance).square()
+    own = torch.cat([phi.mean(1).flatten(), bends.mean(1).flatten(), torch.tensor(shares, dtype=torch.float64, device=phi.device)])
     # An empty slice may well have a NaN for its mean; and a rank without data cannot know how many batches there are.
-    bends = estimator.slope_and_curvature(phi, distance)
-    shares = torch.cat([phi, bends.square()]) * weight if weight else torch.zeros(5, dtype=torch.float64)
-    seen, mark = bool(line.batches), zlib.crc32(settings.encode()) % 2**20  # its square, summed, is exact in float64
-    host = [weight, weight**2, failure is not None, not gradients_finite, seen, seen * mark, seen * mark**2]
-    host.append(seen * line.noise)
-    products = _inner_products(line.layout, line.direction, ranks.size, norms)
-    packed = torch.cat(
-        [torch.tensor(host, dtype=torch.float64, device=shares.device), shares, products.to(shares.device)]
-    )
+    own = own * weight if weight else torch.zeros(len(own), dtype=torch.float64)
+    mark = zlib.crc32(request.settings.encode()) % 2**20  # its square, summed, is exact in float64
+    seen, noise = batches > 0, max(line.noise for line in lines)
+    host = [weight, weight**2 / max(batches, 1), failure is not None, not request.gradients_finite, seen]
+    host += [seen * mark, seen * mark**2, seen * noise]
+    packed = torch.cat([torch.tensor(host, dtype=torch.float64, device=own.device), own, products.to(own.device)])
 
     total, squares, failed, not_finite, count, marks, marks2, noise, *rest = ranks.sum(packed).tolist()
     if failed:
         raise _failure(failure, ranks)
     if count * marks2 != marks**2:
-        said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(ranks.texts(settings)))
+        said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(ranks.texts(request.settings)))
         raise ValueError(f"the ranks disagree on the scheduler's settings, which must be the same: {said}")
-    *means, slope2, curvature2 = [value / total if total else math.nan for value in rest[:5]]
-    g_dot_d, weight_square, direction_square = rest[5:]
-    parabola = estimator.parabola(means, distance, g_dot_d, noise / max(count, 1))
-    slope, curvature = estimator.slope_and_curvature(torch.tensor(means, dtype=torch.float64), distance).tolist()
-    effective = total**2 / squares if squares else 0.0  # the number of slices, if they were of equal size
-    return Measurement(
-        parabola,
-        g_dot_d,
+    averages = [value / total if total else math.nan for value in rest[: len(own)]]
+    ends = [3 * len(lines), 5 * len(lines)]
+    return Reduced(
+        [averages[i : i + 3] for i in range(0, ends[0], 3)],
+        [averages[i : i + 2] for i in range(ends[0], ends[1], 2)],
+        rest[len(own) :] + averages[ends[1] :],
+        noise / max(count, 1),
+        total**2 / squares if squares else 0.0,
         not not_finite,
-        _standard_error(slope2 - slope**2, effective),
-        _standard_error(curvature2 - curvature**2, effective),
-        math.sqrt(weight_square),
-        math.sqrt(direction_square),
     )
+
+
+def losses_together(line: Line, rates: Sequence[float], ranks: Ranks, weight: float) -> list[float]:
+    """`phi` at each rate, over the ranks together, by one all-reduce. Collective; raises as `reduce` does."""
+    failure: Exception | None = None
+    values = torch.zeros(len(rates), dtype=torch.float64)
+    try:
+        if line.batches and weight:
+            values = line.losses(rates).mean(0) * weight
+    except Exception as error:
+        failure = error
+    host = torch.tensor([weight, failure is not None], dtype=torch.float64, device=values.device)
+    total, failed, *sums = ranks.sum(torch.cat([host, values])).tolist()
+    if failed:
+        raise _failure(failure, ranks)
+    return [value / total if total else math.nan for value in sums]
 
 
 def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor]) -> bool:
@@ -97,6 +157,26 @@ def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor])
     gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
     bad = torch.tensor(not _all_finite(gradients))
     return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
+
+
+def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
+    """This rank's part of `g.d`, `|theta|^2` and `|d|^2` of each group, shape `(groups, 3)`, at least one row.
+
+    Sums over ranks count every parameter once.
+    """
+    rows = [torch.zeros(3, dtype=torch.float64)] if not direction else []
+    for _, ratio, parameters, updates in direction:
+        parts = [torch.zeros(3, dtype=torch.float64)]
+        for parameter, update in zip(parameters, updates, strict=True):
+            gradient, weight = sharding.local(parameter.grad), sharding.local(parameter.detach())  # type: ignore[arg-type]
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            g, w, d = gradient.flatten(), weight.flatten(), update.flatten()
+            product = _dot(g, d) * ratio
+            none = torch.zeros_like(product)
+            sizes = [_dot(w, w), _dot(d, d) * ratio**2] if norms else [none, none]
+            parts.append(torch.stack([product, *sizes]).double() / layout.replicas(parameter, ranks))
+        rows.append(torch.stack([part.to(parts[-1].device) for part in parts]).sum(0))
+    return torch.stack([row.to(rows[-1].device) for row in rows])
 
 
 def _standard_error(variance: float, count: float) -> float:
@@ -120,23 +200,6 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
     sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in dense])
     return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
-
-
-def _inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
-    """This rank's part of `g.d`, `|theta|^2` and `|d|^2`, shape `(3,)`: sums over ranks count every parameter once."""
-    rows = [torch.zeros(3, dtype=torch.float64)]
-    for _, ratio, parameters, updates in direction:
-        for parameter, update in zip(parameters, updates, strict=True):
-            gradient, weight = sharding.local(parameter.grad), sharding.local(parameter.detach())  # type: ignore[arg-type]
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            g, w, d = gradient.flatten(), weight.flatten(), update.flatten()
-            product = _dot(g, d) * ratio
-            none = torch.zeros_like(product)
-            sizes = [_dot(w, w), _dot(d, d) * ratio**2] if norms else [none, none]
-            row = torch.stack([product, *sizes])
-            rows.append(row.double() / layout.replicas(parameter, ranks))
-    device = rows[-1].device
-    return torch.stack([row.to(device) for row in rows]).sum(0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

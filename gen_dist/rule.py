@@ -17,6 +17,7 @@ __all__ = ["ACCEPTED", "CLAMPED", "Auto", "Decision", "History", "Raw", "Rule"]
 
 ACCEPTED = "accepted"
 CLAMPED = "clamped"
+SHORTENED = "shortened"
 NOT_FINITE = "not finite"
 SLOPE_NOT_POSITIVE = "the direction does not descend"
 SLOPE_UNCERTAIN = "slope within its error"
@@ -50,6 +51,10 @@ class Rule(Protocol):
     @property
     def needs_norms(self) -> bool:
         """Whether it looks at `|theta|` and `|d|`, which cost a pass over the weights."""
+
+    @property
+    def smoothing(self) -> float:
+        """The weight of the past in averages of what was measured, 0 for none."""
 
     def begin(self, rate: float) -> History:
         """The history before the first update, at the rate that the optimizer was given."""
@@ -86,6 +91,7 @@ class Raw:
     """
 
     needs_norms = False
+    smoothing = 0.0
 
     def begin(self, rate: float) -> History:
         return History(rate, started=True)

@@ -17,25 +17,31 @@ from gen_dist.averaging import AveragedWeights
 from gen_dist.batch import Batch, Criterion, as_batches
 from gen_dist.collectives import Ranks
 from gen_dist.curvature import estimator
+from gen_dist.group_rates import GroupHistory, decide_ratios, measure_system
 from gen_dist.line import Line
-from gen_dist.measurement import Measurement, gradients_are_finite, measure
+from gen_dist.measurement import Measurement, Request, gradients_are_finite, losses_together, measure
 from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
-from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, Auto, Decision, History, Raw, Rule
+from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, SHORTENED, Auto, Decision, History, Raw, Rule
 from gen_dist.sharding import Layout
+from gen_dist.signal import check_optimizer, gradient_noise
 
 __all__ = ["ApproxGen", "AutoGen", "ExactGen", "GenScheduler", "Update"]
 
 logger = logging.getLogger("gen_dist")
 
 FIRST_PROBE = 1e-3  # where no rate is known yet: lr = 0 at the start
+RISE = 1e-3  # of the loss, relative, that a verified step may cause
+SHORTENINGS = 4  # of one step at most
 
 
 class Update(NamedTuple):
     """What an update saw and did, as plain numbers.
 
     `numerator` is `g.d = -phi'(0)`, `denominator` is `d'Hd = phi''(0)`, `loss` is `phi(0)`, all over the ranks
-    together; `lr` is the rate that was set (of the group with the largest initial rate) and `reason` says why. The
-    standard errors of numerator and denominator come from how the ranks' slices differ, None in one process.
+    together; `lr` is the rate that was set (of the group with the largest) and `reason` says why. The standard errors
+    of numerator and denominator come from how the slices of ranks and micro-batches differ, None where there is one.
+    `signal` is the share of the numerator that is not noise of this batch's gradient, with `signal=True`.
+    `change_ratio` is the true change of the loss by the step over the predicted one, where it was verified.
     """
 
     lr: float
@@ -45,11 +51,13 @@ class Update(NamedTuple):
     reason: str
     numerator_error: float | None = None
     denominator_error: float | None = None
+    signal: float | None = None
+    change_ratio: float | None = None
 
     @property
     def accepted(self) -> bool:
         """Whether the rate comes from this update's measurement."""
-        return self.reason in (ACCEPTED, CLAMPED)
+        return self.reason in (ACCEPTED, CLAMPED, SHORTENED)
 
 
 class GenScheduler(LRScheduler):
@@ -70,6 +78,10 @@ class GenScheduler(LRScheduler):
         update_every: measure at the first of every so many steps; in between the rate stays and `step` costs nothing.
         rule: from measurements to rates; by default `rule.Raw()`, the ratio, clamped.
         average: keep averaged weights, for `averaged()`.
+        group_rates: a rate for each parameter group: the ratios between groups, too, come from curvature, all K x K of
+            it (`True`), or that of each group alone (`'diagonal'`, and always with `'forward'`).
+        verify: at every so many updates, try the step on its own batch and shorten it if the loss rises; 0 for never.
+        signal: report the share of the slope that is signal; for SGD and Adam on plain replicas.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit, and says which do.
@@ -88,20 +100,26 @@ class GenScheduler(LRScheduler):
         update_every: int = 1,
         rule: Rule | None = None,
         average: bool = False,
+        group_rates: bool | str = False,
+        verify: int = 0,
+        signal: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
         # would patch the optimizer and take a first step.
-        _check_arguments(optimizer, model, criterion, lr_min, lr_max, update_every)
+        _check_arguments(optimizer, model, criterion, lr_min, lr_max, update_every, group_rates, verify)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
         self.criterion = criterion
         self.lr_min, self.lr_max = float(lr_min), float(lr_max)
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
         self.estimator = estimator(curvature, probes)
+        self.group_rates = "diagonal" if group_rates and curvature == "forward" else group_rates
+        self.verify, self.signal = verify, signal
         self.layout = Layout(model)
         self.ranks = Ranks(process_group if process_group is not None else self.layout.process_group)
         self.base_lrs: list[float | Tensor] = []
+        self._groups: GroupHistory | None = None
         self._adopt_new_groups()
         self.last_epoch = 0
         self.last: Update | None = None
@@ -109,8 +127,15 @@ class GenScheduler(LRScheduler):
         rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
         self._history = self.rule.begin(rate)
         self._updated_at = 0  # the step of the last update, from 1
+        self._updates = 0
+        self._shortened = 1.0  # what verification left of the rate at the last update
         self._probe = rate if rate > 0 else FIRST_PROBE
         weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if signal and group_rates:
+            raise ValueError("signal=True is for one common rate: leave it or group_rates out")
+        if signal:
+            check_optimizer(optimizer)
+            _check_replicas(self.layout, weights)
         self.average = AveragedWeights(self.layout, weights) if average else None
         self._step_pending = False  # whether an optimizer step is to be taken into the average
         self._warned = False
@@ -135,7 +160,8 @@ class GenScheduler(LRScheduler):
                 replicas the gradients are averaged with it too; in DDP and FSDP scale the loss that you call
                 backward on by `weight * ranks / total weight`. A rank that has run out of data calls
                 `step(weight=0)`.
-            loss: the loss of the training step on the same batch, which saves `'forward'` one pass.
+            loss: the loss of the training step on the same batch, which saves `'forward'` one pass; with several
+                `batches`, a tensor of theirs.
 
         Every rank calls it. Raises `ValueError` or `TypeError` on a wrong call; an error in the model or the closure is
         raised on every rank, with the weights as they were.
@@ -146,31 +172,25 @@ class GenScheduler(LRScheduler):
         due = self._next_step()
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = {p: p.grad.clone() for p in parameters if p.grad is not None} if due and self.signal else None
         self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
         self.optimizer.reset()
         if not due:
             return
         if finite := gradients_are_finite(self.layout, self.ranks, parameters):
             self.optimizer.compute_param_updates()
-        seen = measure(
-            Line(self.layout, self.optimizer.direction or Direction(), slices),
-            self.estimator,
-            self.ranks,
-            distance=self._probe,
-            loss=loss,
-            weight=weight,
-            gradients_finite=finite,
-            norms=self.rule.needs_norms,
-            settings=f"{self._settings()}, {len(slices)} batch(es)",
-        )
+        how = self._request(len(slices), weight, loss, finite)
+        seen = self._measure(slices, how, own)
         if not seen.gradients_finite:
             self.optimizer.skip_step()
         self._cross_check(seen)
         steps = self.last_epoch - self._updated_at
         decision, self._history = self.rule.decide(seen, self._history, steps, self.lr_min, self.lr_max)
         self._updated_at = self.last_epoch
+        change_ratio = self._verify(slices, seen, weight)
+        self._updates += 1
         self._set_rates()
-        self._record(seen, decision)
+        self._record(seen, decision, change_ratio)
 
     # ---------------------------------------------------------------------------------- the parts of a step
 
@@ -187,10 +207,51 @@ class GenScheduler(LRScheduler):
             self._set_rates()
         return due
 
+    def _request(self, batches: int, weight: float, loss: Tensor | None, finite: bool) -> Request:
+        settings = f"{self._settings()}, {batches} batch(es)"
+        return Request(self.estimator, self._probe, loss, weight, finite, self.rule.needs_norms, settings)
+
+    def _measure(self, slices: list[Batch], how: Request, own: dict[Tensor, Tensor] | None) -> Measurement:
+        """Measure the line; with rates for each group, all K directions, and then the line on which they go on."""
+        direction = self.optimizer.direction or Direction()
+        if self._groups is None:
+            noise = None if own is None else gradient_noise(self.optimizer, direction, own)
+            return measure(Line(self.layout, direction, slices), self.ranks, how, noise)
+        system = measure_system(
+            self.layout, direction, slices, self.ranks, how, len(self.optimizer.param_groups), self.group_rates is True
+        )
+        self._groups = decide_ratios(system, self._groups, self.rule.smoothing)
+        return system.along(self._groups.ratios)
+
+    def _verify(self, slices: list[Batch], seen: Measurement, weight: float) -> float | None:
+        """Try the step on its own batch; shorten it while the loss rises. Collective, all deciding alike.
+
+        Returns the true change of the loss over the predicted one, at the rate that the rule chose.
+        """
+        self._shortened = 1.0
+        chosen = self._history.rate * self.rule.factor(self.last_epoch - 1)
+        loss, slope, curvature, _ = seen.parabola
+        if not self.verify or self._updates % self.verify or not (chosen > 0 and math.isfinite(loss) and slope < 0):
+            return None
+        ratios = self._ratios()
+        moving = Direction(g._replace(ratio=ratios[g.group]) for g in self.optimizer.direction or ())
+        line, rate, change_ratio = Line(self.layout, moving, slices), chosen, None
+        for _ in range(SHORTENINGS + 1):
+            here, there = losses_together(line, [0.0, rate], self.ranks, weight)
+            if change_ratio is None:
+                change_ratio = (there - here) / (slope * rate + curvature * rate**2 / 2)
+            if there - here <= RISE * abs(here):
+                break
+            # the minimum of the parabola with this slope through both points; at most half the rate
+            rate = rate**2 * slope / (2 * (rate * slope - (there - here))) if math.isfinite(there) else rate / 10
+        self._shortened = rate / chosen
+        return change_ratio
+
     def _settings(self) -> str:
         return (
             f"lr_min={self.lr_min}, lr_max={self.lr_max}, curvature={self.curvature!r}, probes={self.probes}, "
-            f"update_every={self.update_every}, rule={self.rule}"
+            f"update_every={self.update_every}, rule={self.rule}, group_rates={self.group_rates!r}, "
+            f"verify={self.verify}, signal={self.signal}"
         )
 
     def _cross_check(self, seen: Measurement) -> None:
@@ -209,15 +270,25 @@ class GenScheduler(LRScheduler):
             )
 
     def _set_rates(self) -> None:
-        rate = self._history.rate * self.rule.factor(self.last_epoch - 1)
-        for group, ratio in zip(self.optimizer.param_groups, rate_ratios(self.optimizer), strict=True):
-            set_rate(group, rate * ratio)
+        rate = self._history.rate * self.rule.factor(self.last_epoch - 1) * self._shortened
+        least = 0.0 if self._groups is None else self.lr_min
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios(), strict=True):
+            set_rate(group, max(rate * ratio, least))
 
-    def _record(self, seen: Measurement, decision: Decision) -> None:
+    def _ratios(self) -> list[float]:
+        """Each group's share of the common rate."""
+        return rate_ratios(self.optimizer) if self._groups is None else self._groups.ratios
+
+    def _record(self, seen: Measurement, decision: Decision, change_ratio: float | None) -> None:
         loss, slope, curvature, _ = seen.parabola
-        errors = (None if math.isnan(e) else e for e in (seen.slope_error, seen.curvature_error))
-        rate = decision.lr * self.rule.factor(self.last_epoch - 1)
-        self.last = Update(rate, -slope, curvature, loss, decision.reason, *errors)
+        signal = (seen.g_dot_d - seen.noise) / seen.g_dot_d if seen.g_dot_d else math.nan
+        found = (seen.slope_error, seen.curvature_error, signal)
+        slope_error, curvature_error, signal_share = (None if math.isnan(number) else number for number in found)
+        rate = decision.lr * self.rule.factor(self.last_epoch - 1) * self._shortened
+        reason = decision.reason if self._shortened == 1 else SHORTENED
+        self.last = Update(
+            rate, -slope, curvature, loss, reason, slope_error, curvature_error, signal_share, change_ratio
+        )
         if decision.reason == CURVATURE_IN_ROUNDING:
             self._probe = min(10 * self._probe, max(self._probe, self.lr_max))
         elif self.last.accepted and decision.lr > 0:
@@ -228,6 +299,8 @@ class GenScheduler(LRScheduler):
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
+        if self.group_rates and (self._groups is None or len(self._groups.ratios) < len(self.base_lrs)):
+            self._groups = GroupHistory.begin(rate_ratios(self.optimizer))
 
     def _refuse_closures(self, slices: Sequence[Batch]) -> None:
         if self.curvature == "gauss-newton" and any(batch.closure is not None for batch in slices):
@@ -278,6 +351,9 @@ class GenScheduler(LRScheduler):
             "history": tuple(self._history),
             "updated_at": self._updated_at,
             "probe": self._probe,
+            "updates": self._updates,
+            "shortened": self._shortened,
+            "groups": None if self._groups is None else tuple(self._groups),
             "base_lrs": [float(rate) for rate in self.base_lrs],
             "last": None if self.last is None else tuple(self.last),
             "average": None if self.average is None else self.average.state_dict(),
@@ -293,6 +369,9 @@ class GenScheduler(LRScheduler):
         if self.average is not None and state_dict["average"] is not None:
             self.average.load_state_dict(state_dict["average"])
         self._probe = float(state_dict["probe"])
+        self._updates = int(state_dict["updates"])
+        self._shortened = float(state_dict["shortened"])
+        self._groups = None if state_dict["groups"] is None else GroupHistory(*state_dict["groups"])
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
 
@@ -384,6 +463,9 @@ class AutoGen(GenScheduler):
         total_steps: int | None = None,
         rule: Auto | None = None,
         average: bool | None = None,
+        group_rates: bool | str = False,
+        verify: int = 0,
+        signal: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if rule is not None and total_steps is not None:
@@ -400,6 +482,9 @@ class AutoGen(GenScheduler):
             update_every=update_every,
             rule=rule,
             average=rule.total_steps is None if average is None else average,
+            group_rates=group_rates,
+            verify=verify,
+            signal=signal,
             process_group=process_group,
         )
 
@@ -411,7 +496,24 @@ def _checked_weight(weight: Any) -> float:
     return number
 
 
-def _check_arguments(optimizer: Any, model: Any, criterion: Any, lr_min: Any, lr_max: Any, update_every: Any) -> None:
+def _check_replicas(layout: Layout, weights: list[Tensor]) -> None:
+    if len(layout.needs_averaging(weights)) < len(weights):
+        raise ValueError(
+            "signal=True needs each rank's own gradients, which plain replicas have; DDP and FSDP hand over means: "
+            "leave signal out"
+        )
+
+
+def _check_arguments(
+    optimizer: Any,
+    model: Any,
+    criterion: Any,
+    lr_min: Any,
+    lr_max: Any,
+    update_every: Any,
+    group_rates: Any,
+    verify: Any,
+) -> None:
     if not isinstance(optimizer, GenOptimizer):
         if isinstance(optimizer, Optimizer):
             name = type(optimizer).__name__
@@ -432,3 +534,7 @@ def _check_arguments(optimizer: Any, model: Any, criterion: Any, lr_min: Any, lr
         raise ValueError(f"need 0 <= lr_min <= lr_max, got lr_min={lr_min!r}, lr_max={lr_max!r}")
     if not (isinstance(update_every, int) and update_every >= 1):
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")
+    if group_rates not in (False, True, "diagonal"):
+        raise ValueError(f"group_rates must be True, False or 'diagonal', got {group_rates!r}")
+    if not (isinstance(verify, int) and verify >= 0):
+        raise ValueError(f"verify must be a whole number of updates, 0 for never, got {verify!r}")
