@@ -1,0 +1,107 @@
+"""What all trainers have in common: when `optimizer.step()` is reached, gradients are whole, unscaled and clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gen_dist.optimizer import GenOptimizer
+from gen_dist.scheduler import GenScheduler
+
+__all__ = ["RateAtStep", "SchedulerFactory", "unwrapped"]
+
+SchedulerFactory: TypeAlias = Callable[[GenOptimizer, nn.Module], GenScheduler]
+"""`gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside a trainer's wrappers."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+class RateAtStep:
+    """Collects the batches whose gradients add up, and sets the rate for them once the optimizer is about to move.
+
+    Trainers unscale, clip and accumulate each at a place of its own, but they have done so when the call of
+    `optimizer.step()` arrives at the optimizer itself. A step without batches, such as the one that materialises
+    an optimizer's state for a checkpoint, is left as it is.
+
+    The scheduler may come later, by `attach`, as trainers wrap the model late; a state that is loaded before waits.
+    """
+
+    def __init__(self, scheduler: GenScheduler | None = None) -> None:
+        self.batches: list[Any] = []
+        self._state: dict[str, Any] = {}
+        self._scheduler: GenScheduler | None = None
+        if scheduler is not None:
+            self.attach(scheduler)
+
+    @property
+    def scheduler(self) -> GenScheduler:
+        """The scheduler that sets the rates. Raises `RuntimeError` while there is none."""
+        if self._scheduler is None:
+            raise RuntimeError("there is no scheduler yet: the trainer makes it when training starts")
+        return self._scheduler
+
+    @property
+    def attached(self) -> bool:
+        return self._scheduler is not None
+
+    def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
+        """Set the rates by this scheduler from now on, in the `step` of its optimizer, or of the container `stepped`.
+
+        Raises `TypeError` if its optimizer is a trainer's wrapper, and `ValueError` if its state would not survive a
+        trainer's checkpoint.
+        """
+        if unwrapped(scheduler.optimizer) is not scheduler.optimizer:
+            raise TypeError(
+                f"the scheduler was made with a trainer's wrapper, {type(scheduler.optimizer).__name__}: make it with "
+                "the optimizer inside, optimizer.optimizer"
+            )
+        weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
+        if scheduler.average is not None and scheduler.layout.gradient_is_sharded(weights):
+            raise ValueError(
+                "trainers save a scheduler on one rank, which has a shard of the averaged weights only: make it "
+                "without them, AutoGen(..., total_steps=...) or average=False"
+            )
+        self._scheduler = scheduler
+        self._hook = (stepped or scheduler.optimizer).register_step_pre_hook(self._before_step)
+        if self._state:
+            scheduler.load_state_dict(self._state)
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on."""
+        if self._scheduler is not None:
+            self._hook.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:  # it makes the gradients
+            with torch.enable_grad():
+                closure()
+        batches, self.batches = self.batches, []
+        if batches:
+            self.scheduler.step(batches=batches)
+        return (optimizer,), {}
+
+    # ------------------------------------------------------------------------- what a trainer asks of a scheduler
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return self.scheduler.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state, or the one that waits for it."""
+        return self._scheduler.state_dict() if self._scheduler is not None else self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict()` returned."""
+        self._state = state_dict
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state_dict)

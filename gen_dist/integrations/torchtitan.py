@@ -1,0 +1,106 @@
+"""torchtitan, in one line of a trainer of your own:
+
+    class MyTrainer(GenMixin, torchtitan.trainer.Trainer): ...
+
+The rest is torchtitan's: `config.lr_scheduler` is replaced, and its container of optimizers stays what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory
+from gen_dist.integrations.joint import JointOptimizer
+from gen_dist.optimizer import GenOptimizer
+from gen_dist.scheduler import AutoGen, GenScheduler
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer as Base  # imports triton, which is not everywhere
+else:
+    Base = object
+
+__all__ = ["GenMixin", "GenSchedulers"]
+
+
+class GenSchedulers(RateAtStep):
+    """What stands in the place of torchtitan's `LRSchedulersContainer`: one rate for all of its optimizers.
+
+    Args:
+        optimizers: the `OptimizersContainer`, or another `Optimizer` that iterates over those that its step steps.
+        model_parts: the model, parallelised, in a list; pipeline stages are not supported.
+        scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`.
+    """
+
+    def __init__(self, optimizers: Any, model_parts: list[nn.Module], scheduler: SchedulerFactory) -> None:
+        if len(model_parts) != 1:
+            raise ValueError(f"the loss runs through one model, not {len(model_parts)} pipeline stages of it")
+        super().__init__()
+        self.attach(scheduler(JointOptimizer(optimizers), model_parts[0]), stepped=optimizers)
+
+    def step(self) -> None:
+        """Nothing: the rate has been set in the container's `step()`."""
+
+    def get_metrics(self) -> dict[str, float]:
+        """The learning rate of each parameter group, for the trainer's log."""
+        return {f"lr/{i}": rate for i, rate in enumerate(self.get_last_lr())}
+
+    # Distributed checkpoints want the same entries when they load as when they saved: they get a single one.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gen_dist": json.dumps(super().state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(json.loads(state_dict["gen_dist"]))
+
+
+class GenMixin(Base):
+    """Makes a torchtitan `Trainer` set its learning rate by a `GenScheduler`: `self.lr_schedulers.scheduler`.
+
+    Loss and batches are the trainer's, so are accumulation, clipping, precision and checkpoints. Not for pipeline
+    parallelism, and not within CUDA graphs. Override `make_scheduler` to choose another scheduler.
+    """
+
+    def __init__(self, config: Any) -> None:
+        if not config.training.disable_cuda_graphs:
+            raise ValueError("a replayed CUDA graph shows no batch: set config.training.disable_cuda_graphs = True")
+        config.lr_scheduler = _Build(config.lr_scheduler, self.make_scheduler)
+        super().__init__(config)
+
+    def make_scheduler(self, optimizer: GenOptimizer, model: nn.Module, steps: int) -> GenScheduler:
+        """The scheduler for a run of so many steps: by default `AutoGen` with them as its horizon."""
+        return AutoGen(optimizer, model, total_steps=steps)
+
+    def _forward_backward_body(self, *batch: Any) -> Tensor:
+        self.lr_schedulers.batches.append(partial(self._loss, *batch))
+        return super()._forward_backward_body(*batch)
+
+    def _loss(self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra: dict[str, Any]) -> Tensor:
+        """As in `_forward_backward_body`: a share of the global loss. The scheduler averages over batches and ranks."""
+        with self.train_context():
+            prediction = self.model_parts[0](inputs, **extra)
+            positions = {"positions": extra["positions"]} if "positions" in extra else {}
+            share, _ = self.loss_fn(prediction, labels, global_valid_tokens, **positions)
+        dims = self.parallel_dims
+        return share * (self.gradient_accumulation_steps * dims.dp_replicate * dims.dp_shard * dims.cp)
+
+
+class _Build:
+    """Takes the place of `LRSchedulersContainer.Config`: what it says of warm-up is only shown."""
+
+    def __init__(self, config: Any, make: Callable[[GenOptimizer, nn.Module, int], GenScheduler]) -> None:
+        self.warmup_steps = config.warmup_steps
+        self._make = make
+
+    def build(self, *, optimizers: Any, training_steps: int) -> GenSchedulers:
+        def make(optimizer: GenOptimizer, model: nn.Module) -> GenScheduler:
+            return self._make(optimizer, model, training_steps)
+
+        return GenSchedulers(optimizers, optimizers.model_parts, make)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"make": repr(self._make)}

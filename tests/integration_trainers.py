@@ -1,0 +1,315 @@
+"""One training script for each trainer, as its users write it, all on the same data; and the plain loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_distributed import BATCH, criterion, data, new_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gen_dist as gen
+
+STEPS = 6
+CLIP = 0.3
+Rates = list[float]
+
+
+class Setting(NamedTuple):
+    """How to train: `accumulate` micro-batches a step; from a checkpoint, or up to one."""
+
+    accumulate: int = 1
+    bfloat16: bool = False
+    directory: str = ""
+    steps: int = STEPS
+    resume: bool = False
+
+
+class Recorded(gen.ExactGen):
+    """Remembers the rate of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, lr_max=0.3, **kwargs)
+        self.rates: Rates = []
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
+        assert self.last is not None
+        assert self.last.accepted, self.last.reason
+        self.rates.append(self.last.lr)
+
+
+def plain(bfloat16: bool = False) -> Rates:
+    """The plain loop, one process, whole batches: what every trainer must agree with."""
+    model = model_of(bfloat16)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    scheduler = Recorded(optimizer, model, criterion)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return criterion(model(x), y)
+
+    for x, y in data()[:STEPS]:
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        scheduler.step(closure=lambda x=x, y=y: loss(x, y))
+        optimizer.step()
+    return scheduler.rates
+
+
+def model_of(bfloat16: bool) -> nn.Module:
+    return new_model().float() if bfloat16 else new_model()
+
+
+def dataset() -> TensorDataset:
+    batches = data()[:STEPS]
+    return TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+
+
+def loader(setting: Setting) -> DataLoader:
+    """The batches of `data()`, in the pieces that this rank and this accumulation take them."""
+    return DataLoader(dataset(), batch_size=BATCH // (ranks() * setting.accumulate))
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """What torchrun puts in the environment, which trainers look at."""
+    before = dict(os.environ)
+    if ranks() > 1:
+        os.environ.update(
+            MASTER_ADDR="localhost",
+            MASTER_PORT="0",
+            GROUP_RANK="0",
+            LOCAL_WORLD_SIZE=str(ranks()),
+            TORCHELASTIC_RUN_ID="0",
+        )
+    else:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# --------------------------------------------------------------------------------------------- Accelerate
+
+
+def accelerate(setting: Setting) -> Rates:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    from gen_dist.integrations.accelerate import AcceleratedGen
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=setting.accumulate,
+        mixed_precision="bf16" if setting.bfloat16 else "no",
+    )
+    model: Any = model_of(setting.bfloat16)
+    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(setting))
+    scheduler = AcceleratedGen(accelerator, Recorded(optimizer.optimizer, model, criterion))
+    done = 0
+    if setting.resume:
+        accelerator.load_state(setting.directory)
+        done = scheduler.scheduler.last_epoch
+        batches = accelerator.skip_first_batches(batches, done * setting.accumulate)
+    for x, y in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(criterion(model(x), y))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            scheduler.step(x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+        done += accelerator.sync_gradients
+        if done == setting.steps:
+            break
+    if setting.directory and not setting.resume:
+        accelerator.save_state(setting.directory)
+    return scheduler.scheduler.rates  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------- Lightning
+
+
+def fabric(setting: Setting) -> Rates:
+    from lightning.fabric import Fabric
+
+    from gen_dist.integrations.lightning import FabricGen
+
+    fabric = Fabric(
+        accelerator="cpu",
+        devices=ranks(),
+        strategy="ddp" if ranks() > 1 else "auto",
+        precision="bf16-mixed" if setting.bfloat16 else "64-true",
+    )
+    fabric.launch()
+    model: Any = model_of(setting.bfloat16)
+    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    model, optimizer = fabric.setup(model, optimizer)
+    scheduler = FabricGen(Recorded(optimizer.optimizer, model, criterion))
+    batches = list(fabric.setup_dataloaders(loader(setting)))
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    done = 0
+    if setting.resume:
+        fabric.load(Path(setting.directory) / "checkpoint.ckpt", state)
+        done = scheduler.scheduler.last_epoch
+    for step in range(done, setting.steps):
+        micro = batches[step * setting.accumulate : (step + 1) * setting.accumulate]
+        optimizer.zero_grad()
+        for i, (x, y) in enumerate(micro):
+            with fabric.no_backward_sync(model, enabled=i < len(micro) - 1):
+                fabric.backward(criterion(model(x), y) / len(micro))
+        fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+        scheduler.step(batches=micro)
+        optimizer.step()
+    if setting.directory and not setting.resume:
+        fabric.save(Path(setting.directory) / "checkpoint.ckpt", state)
+    return scheduler.scheduler.rates  # type: ignore[attr-defined]
+
+
+def lightning(setting: Setting) -> Rates:
+    import lightning as L
+    from torchmetrics.classification import MulticlassAccuracy
+
+    from gen_dist.integrations.lightning import GenCallback
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model_of(setting.bfloat16)
+            self.accuracy = MulticlassAccuracy(11)
+
+        def training_step(self, batch: Any) -> Tensor:
+            x, y = batch
+            logits = self.model(x)
+            loss = criterion(logits, y)
+            self.log("loss", loss)
+            self.log("accuracy", self.accuracy(logits.flatten(0, 1), y.flatten()))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    callback = GenCallback(Recorded)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks(),
+        strategy="ddp" if ranks() > 1 else "auto",
+        precision="bf16-mixed" if setting.bfloat16 else "64-true",
+        max_steps=setting.steps,
+        accumulate_grad_batches=setting.accumulate,
+        gradient_clip_val=CLIP,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    checkpoint = Path(setting.directory) / "checkpoint.ckpt"
+    module = Module()
+    trainer.fit(module, loader(setting), ckpt_path=checkpoint if setting.resume else None)
+    assert module.accuracy.update_count <= len(loader(setting)), "the metric counts batches once"
+    if setting.directory and not setting.resume:
+        trainer.save_checkpoint(checkpoint)
+    return callback.scheduler.rates  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------- transformers
+
+
+def transformers(setting: Setting) -> Rates:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of(setting.bfloat16)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.inner(x)
+            return {"loss": criterion(logits, labels), "logits": logits}
+
+    return hugging_face(Model(), setting)
+
+
+def language_model(setting: Setting) -> Rates:
+    """A model of transformers, which takes the number of tokens in the whole step for its loss."""
+    return hugging_face(new_language_model(), setting)
+
+
+def new_language_model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes)).double()
+
+
+def plain_language_model() -> Rates:
+    model = new_language_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    scheduler = Recorded(optimizer, model)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+    for x, y in data()[:STEPS]:
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        scheduler.step(closure=lambda x=x, y=y: loss(x, y))
+        optimizer.step()
+    return scheduler.rates
+
+
+def hugging_face(model: nn.Module, setting: Setting) -> Rates:
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import TrainingArguments
+
+    from gen_dist.integrations.transformers import GenTrainer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    name = "input_ids" if hasattr(model, "config") else "x"
+    arguments = TrainingArguments(
+        output_dir=setting.directory or "unused",
+        use_cpu=True,
+        bf16=setting.bfloat16,
+        per_device_train_batch_size=BATCH // (ranks() * setting.accumulate),
+        gradient_accumulation_steps=setting.accumulate,
+        max_grad_norm=CLIP,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        max_steps=setting.steps,
+        train_sampling_strategy="sequential",
+        save_strategy="steps" if setting.directory else "no",
+        save_steps=setting.steps,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        ddp_backend="gloo",
+    )
+    trainer = GenTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{name: x, "labels": y} for x, y in dataset()],
+        scheduler=Recorded,
+    )
+    trainer.train(resume_from_checkpoint=setting.resume or None)
+    return trainer.lr_scheduler.scheduler.rates
