@@ -30,7 +30,7 @@ def compare(name: str, ranks: list[int], steps: int, seed: int, directory: Path)
         return f"{name} left out: {own} differs between ranks by nature"
     if uneven := [size for size in ranks if task.batch_size % size]:
         return f"{name} left out: batches of {task.batch_size} are not cut evenly by {uneven[0]} ranks"
-    one = curves(name, steps, seed, directory)
+    one = curves(0, 1, name, steps, seed, directory)
     lines = [f"{name}, {steps} steps, seed {seed}: last rate {one['rate'][-1]:.3g}, last loss {one['loss'][-1]:.4g}"]
     for size in ranks:
         together = on_ranks(size, name, steps, seed, directory)
@@ -63,13 +63,13 @@ def on_ranks(size: int, *arguments: Any) -> Curves:
 def run_rank(rank: int, size: int, folder: Path, *arguments: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-    found = curves(*arguments, rank=rank, ranks=size)
+    found = curves(rank, size, *arguments)
     if rank == 0:
         torch.save(found, folder / "curves.pt")
     dist.destroy_process_group()
 
 
-def curves(name: str, steps: int, seed: int, directory: Path, rank: int = 0, ranks: int = 1) -> Curves:
+def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: Path) -> Curves:
     """Rate and loss of every step, the loss as the mean over ranks, which all of them know."""
     task = TASKS[name]
     dataset = in_float64(load(task.data, directory))
