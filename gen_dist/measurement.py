@@ -109,7 +109,8 @@ def reduce(
     except Exception as error:
         failure = error
     bends = request.estimator.slope_and_curvature(phi, request.distance).square()
-    own = torch.cat([phi.mean(1).flatten(), bends.mean(1).flatten(), torch.tensor(shares, dtype=torch.float64, device=phi.device)])
+    extra = torch.tensor(shares, dtype=torch.float64, device=phi.device)
+    own = torch.cat([phi.mean(1).flatten(), bends.mean(1).flatten(), extra])
     # An empty slice may well have a NaN for its mean; and a rank without data cannot know how many batches there are.
     own = own * weight if weight else torch.zeros(len(own), dtype=torch.float64)
     mark = zlib.crc32(request.settings.encode()) % 2**20  # its square, summed, is exact in float64
