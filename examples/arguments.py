@@ -12,10 +12,12 @@ import torch
 from data import Dataset, MissingDataError, load
 from ranks import Ranks
 
+import gen_dist as gen
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer, the rate it starts from and the largest rate it may be given."""
+    """An optimizer, and for the raw rule the rate it starts from and the largest rate it may be given."""
 
     optimizer: type[torch.optim.Optimizer]
     lr: float
@@ -29,6 +31,7 @@ RECIPES = {
     "adam": Recipe(torch.optim.Adam, lr=1e-3, lr_max=0.02),
     "rmsprop": Recipe(torch.optim.RMSprop, lr=1e-3, lr_max=0.02),
 }
+SCHEDULERS: dict[str, type[gen.GenScheduler]] = {"auto": gen.AutoGen, "raw": gen.GenScheduler}
 DATA_OF_MODEL = {
     "mlp": ("digits", "fashion-mnist"),
     "cnn": ("digits", "fashion-mnist"),
@@ -89,12 +92,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--probes", type=int, choices=[1, 2], help="forward passes of --curvature forward (default: 2)")
     add("--optimizer", choices=RECIPES, help="whose direction to follow (default: sgd; for gpt, adamw)")
-    add("--lr", type=float, help="the rate before the first update (default: by optimizer)")
+    add(
+        "--rule",
+        choices=SCHEDULERS,
+        default="auto",
+        help="auto: AutoGen, nothing to tune; raw: the ratio at every step (default: %(default)s)",
+    )
+    add("--lr", type=float, help="the rate before the first update, for --rule raw (default: by optimizer)")
     add("--lr-min", type=float, default=0.0, help="the smallest rate allowed (default: %(default)s)")
-    add("--lr-max", type=float, help="the largest rate allowed (default: by optimizer)")
+    add("--lr-max", type=float, help="the largest rate allowed (default: none; by optimizer for --rule raw)")
     add("--epochs", type=int, help="passes over the data (default: by data)")
     add("--batch-size", type=int, help="examples in a step, of all ranks together (default: by data)")
-    add("--update-every", type=int, default=1, help="steps between updates of the rate (default: %(default)s)")
+    add("--update-every", type=int, help="steps between updates of the rate (default: 8; 1 for --rule raw)")
     add(
         "--seed",
         type=int,
@@ -118,7 +127,8 @@ def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
     complete(
         a,
         lr=recipe.lr,
-        lr_max=recipe.lr_max,
+        lr_max=recipe.lr_max if a.rule == "raw" else math.inf,
+        update_every=1 if a.rule == "raw" else 8,
         epochs=EPOCHS[a.data],
         batch_size=BATCH_SIZE[a.data],
         output=Path("runs", f"{a.model}-{a.data}-{a.parallel}"),
@@ -142,7 +152,7 @@ def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
         yield f"--parallel none is for one process, and torchrun started {ranks.size}"
     if a.probes is not None and a.curvature != "forward":
         yield f"--probes {a.probes} belongs to --curvature forward, not to {a.curvature}"
-    if not 0 <= a.lr_min <= a.lr_max < math.inf:
+    if not 0 <= a.lr_min <= a.lr_max:
         yield f"--lr-min {a.lr_min:g} --lr-max {a.lr_max:g}: need 0 <= lr-min <= lr-max"
     if not 0 < a.lr < math.inf:
         yield f"--lr {a.lr:g}: need a positive rate"

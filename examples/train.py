@@ -6,11 +6,12 @@ torchrun --standalone --nproc_per_node=2 examples/train.py --parallel fsdp2 --op
 
 import math
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from arguments import RECIPES, parse
+from arguments import RECIPES, SCHEDULERS, parse
 from data import CONTEXT, Dataset, evaluation_batches, training_batches
 from models import CNN, GPT, MLP
 from ranks import Ranks
@@ -24,6 +25,7 @@ import gen_dist as gen
 
 Model = MLP | CNN | GPT
 EVALUATION_BATCH = 512  # examples a rank
+STATISTICS = 4  # such batches, at most, that statistics of batch norms are made from
 
 
 class Evaluation(NamedTuple):
@@ -48,7 +50,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
 
     # GeN, 1 of 2: an optimizer that shows its direction, and a scheduler that measures the loss along it
     optimizer = gen.make_gen_optimizer(recipe.optimizer, model.parameters(), lr=arguments.lr, **recipe.options)
-    scheduler = gen.GenScheduler(
+    scheduler = SCHEDULERS[arguments.rule](
         optimizer,
         model,
         criterion,
@@ -75,7 +77,8 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
                 with recorder.timed("training"):
                     optimizer.step()
                 recorder.write(loss)
-            result = describe(evaluate(model, dataset, ranks), arguments.model)
+            with readout(scheduler, dataset, ranks):
+                result = describe(evaluate(model, dataset, ranks), arguments.model)
             recorder.announce(result)
 
     if ranks.rank == 0:
@@ -110,6 +113,14 @@ def parallelize(model: Model, parallel: str, ranks: Ranks) -> nn.Module:
             for part in [*model.blocks, model]:
                 fully_shard(part, mesh=mesh)
     return model
+
+
+def readout(scheduler: gen.GenScheduler, dataset: Dataset, ranks: Ranks) -> AbstractContextManager[None]:
+    """The weights to evaluate and keep: the averaged ones, with statistics of batch norms of their own."""
+    if scheduler.average is None:
+        return nullcontext()
+    here = dataset.train_x[ranks.rank :: ranks.size]
+    return scheduler.averaged(here[: STATISTICS * EVALUATION_BATCH].split(EVALUATION_BATCH))
 
 
 @torch.no_grad()
