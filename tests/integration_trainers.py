@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_distributed import BATCH, criterion, data, new_model
+from test_distributed import BATCH, Model, criterion, data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +19,7 @@ import gen_dist as gen
 
 STEPS = 6
 CLIP = 0.3
+ADAMW: dict[str, float] = {"lr": 1e-3, "weight_decay": 0.0}
 Rates = list[float]
 
 
@@ -49,7 +50,7 @@ class Recorded(gen.ExactGen):
 def plain(bfloat16: bool = False) -> Rates:
     """The plain loop, one process, whole batches: what every trainer must agree with."""
     model = model_of(bfloat16)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
     scheduler = Recorded(optimizer, model, criterion)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +67,9 @@ def plain(bfloat16: bool = False) -> Rates:
 
 
 def model_of(bfloat16: bool) -> nn.Module:
-    return new_model().float() if bfloat16 else new_model()
+    torch.manual_seed(1)
+    model = Model(tied=False)  # tied weights are refused by safetensors
+    return model if bfloat16 else model.double()
 
 
 def dataset() -> TensorDataset:
@@ -79,6 +82,29 @@ def loader(setting: Setting) -> DataLoader:
     return DataLoader(dataset(), batch_size=BATCH // (ranks() * setting.accumulate))
 
 
+class Shard:
+    """This rank's batches, in order; after a checkpoint those that were left."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.batches = list(loader(setting))
+        self.batches = self.batches[dist.get_rank() :: ranks()] if ranks() > 1 else self.batches
+        self.first = self.taken = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.first = self.first, 0
+        for self.taken in range(first + 1, len(self) + 1):
+            yield self.batches[self.taken - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.first = state_dict["taken"]
+
+
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -86,7 +112,7 @@ def ranks() -> int:
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
     """What torchrun puts in the environment, which trainers look at."""
-    before = dict(os.environ)
+    before, dtype = dict(os.environ), torch.get_default_dtype()
     if ranks() > 1:
         os.environ.update(
             MASTER_ADDR="localhost",
@@ -101,6 +127,7 @@ def launched() -> Iterator[None]:
     try:
         yield
     finally:
+        torch.set_default_dtype(dtype)
         os.environ.clear()
         os.environ.update(before)
 
@@ -122,7 +149,7 @@ def accelerate(setting: Setting) -> Rates:
         mixed_precision="bf16" if setting.bfloat16 else "no",
     )
     model: Any = model_of(setting.bfloat16)
-    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
     model, optimizer, batches = accelerator.prepare(model, optimizer, loader(setting))
     scheduler = AcceleratedGen(accelerator, Recorded(optimizer.optimizer, model, criterion))
     done = 0
@@ -162,10 +189,11 @@ def fabric(setting: Setting) -> Rates:
     )
     fabric.launch()
     model: Any = model_of(setting.bfloat16)
-    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
     model, optimizer = fabric.setup(model, optimizer)
+    torch.set_default_dtype(torch.float32 if setting.bfloat16 else torch.float64)  # of a model's output in Fabric
     scheduler = FabricGen(Recorded(optimizer.optimizer, model, criterion))
-    batches = list(fabric.setup_dataloaders(loader(setting)))
+    batches = Shard(setting).batches
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done = 0
     if setting.resume:
@@ -206,7 +234,7 @@ def lightning(setting: Setting) -> Rates:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return torch.optim.AdamW(self.model.parameters(), **ADAMW)
 
     callback = GenCallback(Recorded)
     trainer = L.Trainer(
@@ -222,11 +250,12 @@ def lightning(setting: Setting) -> Rates:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        use_distributed_sampler=False,
     )
     checkpoint = Path(setting.directory) / "checkpoint.ckpt"
     module = Module()
-    trainer.fit(module, loader(setting), ckpt_path=checkpoint if setting.resume else None)
-    assert module.accuracy.update_count <= len(loader(setting)), "the metric counts batches once"
+    trainer.fit(module, Shard(setting), ckpt_path=checkpoint if setting.resume else None)
+    assert module.accuracy.update_count <= STEPS * setting.accumulate, "the metric counts batches once"
     if setting.directory and not setting.resume:
         trainer.save_checkpoint(checkpoint)
     return callback.scheduler.rates  # type: ignore[attr-defined]
@@ -263,7 +292,7 @@ def new_language_model() -> nn.Module:
 
 def plain_language_model() -> Rates:
     model = new_language_model()
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
     scheduler = Recorded(optimizer, model)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -294,8 +323,7 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
         per_device_train_batch_size=BATCH // (ranks() * setting.accumulate),
         gradient_accumulation_steps=setting.accumulate,
         max_grad_norm=CLIP,
-        learning_rate=1e-3,
-        weight_decay=0.01,
+        learning_rate=ADAMW["lr"],
         max_steps=setting.steps,
         train_sampling_strategy="sequential",
         save_strategy="steps" if setting.directory else "no",
@@ -303,7 +331,7 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if ranks() > 1 else None,
     )
     trainer = GenTrainer(
         model=model,
