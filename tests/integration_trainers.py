@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from test_distributed import BATCH, Model, criterion, data
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import gen_dist as gen
@@ -50,13 +52,17 @@ class Recorded(gen.ExactGen):
 def plain(bfloat16: bool = False) -> Rates:
     """The plain loop, one process, whole batches: what every trainer must agree with."""
     model = model_of(bfloat16)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
-    scheduler = Recorded(optimizer, model, criterion)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             return criterion(model(x), y)
 
+    return plain_loop(model, loss)
+
+
+def plain_loop(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Rates:
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
+    scheduler = Recorded(optimizer, model)
     for x, y in data()[:STEPS]:
         optimizer.zero_grad()
         loss(x, y).backward()
@@ -95,8 +101,9 @@ class Shard:
 
     def __iter__(self) -> Iterator[Any]:
         first, self.first = self.first, 0
-        for self.taken in range(first + 1, len(self) + 1):
-            yield self.batches[self.taken - 1]
+        for i in range(first, len(self)):
+            self.taken = i + 1
+            yield self.batches[i]
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken}
@@ -292,19 +299,9 @@ def new_language_model() -> nn.Module:
 
 def plain_language_model() -> Rates:
     model = new_language_model()
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
-    scheduler = Recorded(optimizer, model)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
-
-    for x, y in data()[:STEPS]:
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        scheduler.step(closure=lambda x=x, y=y: loss(x, y))
-        optimizer.step()
-    return scheduler.rates
+    return plain_loop(
+        model, lambda x, y: F.cross_entropy(model(input_ids=x).logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    )
 
 
 def hugging_face(model: nn.Module, setting: Setting) -> Rates:
@@ -341,3 +338,115 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
     )
     trainer.train(resume_from_checkpoint=setting.resume or None)
     return trainer.lr_scheduler.scheduler.rates
+
+
+# ----------------------------------------------------------------------------------------------- torchtitan
+
+
+def torchtitan_container(setting: Setting) -> Rates:
+    """Its container of optimizers, checkpointed by torch.distributed.checkpoint, in a loop as short as can be."""
+    from gen_dist.integrations.torchtitan import GenSchedulers
+
+    model = sharded(model_of(False))
+    optimizers = optimizers_container([model])
+    schedulers = GenSchedulers(optimizers, [model], Recorded)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return token_loss(model(x), y, torch.tensor(5 * BATCH))[0]
+
+    def train_step(micro: list[Any]) -> None:
+        optimizers.zero_grad()
+        for x, y in micro:
+            loss(x, y).backward()
+            schedulers.batches.append(lambda x=x, y=y: loss(x, y) * ranks() * len(micro))
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizers.step()
+        schedulers.step()
+
+    return train_with_checkpoints(setting, model, optimizers, schedulers, train_step)
+
+
+def torchtitan(setting: Setting) -> Rates:
+    """The real `Trainer.train_step`, on a trainer without what needs a GPU."""
+    from torchtitan.trainer import Trainer
+
+    from gen_dist.integrations.torchtitan import GenMixin, GenSchedulers
+
+    class GenTrainer(GenMixin, Trainer):
+        def __init__(self, model: nn.Module) -> None:
+            mesh = dist.init_device_mesh("cpu", (ranks(),)) if ranks() > 1 else None
+            self.parallel_dims = SimpleNamespace(
+                pp_enabled=False,
+                cp_enabled=False,
+                ep_enabled=False,
+                dp_enabled=ranks() > 1,
+                dp_replicate=1,
+                dp_shard=ranks(),
+                cp=1,
+                get_mesh=lambda _: mesh,
+                get_optional_mesh=lambda _: None,
+            )
+            self.config = SimpleNamespace(
+                training=SimpleNamespace(disable_cuda_graphs=True, max_norm=CLIP),
+                parallelism=SimpleNamespace(spmd_backend="default"),
+            )
+            self.metrics_processor = SimpleNamespace(should_log=lambda _: False)
+            self.checkpointer = SimpleNamespace(maybe_wait_for_staging=lambda: None)
+            self.gradient_accumulation_steps = setting.accumulate
+            self.num_pipeline_parallel_microbatches = 1
+            self.device, self.model_config = torch.device("cpu"), None
+            self.step = self.ntokens_seen = 0
+            self.train_context = contextlib.nullcontext
+            self.fwd_bwd_fn = self._forward_backward_body
+            self.loss_fn = token_loss
+            self.model_parts = [model]
+            self.optimizers = optimizers_container([model])
+            self.lr_schedulers = GenSchedulers(self.optimizers, self.model_parts, Recorded)
+
+    trainer = GenTrainer(sharded(model_of(False)))
+
+    def train_step(micro: list[Any]) -> None:
+        trainer.train_step(({"input": x}, y) for x, y in micro)
+
+    return train_with_checkpoints(
+        setting, trainer.model_parts[0], trainer.optimizers, trainer.lr_schedulers, train_step
+    )
+
+
+def train_with_checkpoints(
+    setting: Setting, model: nn.Module, optimizers: Any, schedulers: Any, train_step: Callable[[list[Any]], None]
+) -> Rates:
+    from torch.distributed.checkpoint import load, save
+
+    batches = Shard(setting).batches
+    state = {"model": model, "optimizer": optimizers, "lr_scheduler": schedulers}
+    if setting.resume:
+        load(state, checkpoint_id=setting.directory)
+    for step in range(schedulers.scheduler.last_epoch, setting.steps):
+        train_step(batches[step * setting.accumulate : (step + 1) * setting.accumulate])
+    if setting.directory and not setting.resume:
+        save(state, checkpoint_id=setting.directory)
+    return schedulers.scheduler.rates
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    if ranks() > 1:
+        for module in (*model.blocks, model):  # type: ignore[misc]
+            fully_shard(module).set_gradient_divide_factor(1.0)  # as torchtitan does: losses are sums
+    return model
+
+
+def optimizers_container(model_parts: list[nn.Module]) -> Any:
+    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+    groups = [("AdamW", r"\.bias$"), ("Adam", r"expand"), ("AdamW", r".*")]
+    config = OptimizersContainer.Config(
+        param_groups=[ParamGroupConfig(pattern=p, optimizer_name=name, optimizer_kwargs=ADAMW) for name, p in groups],
+        implementation="foreach",
+    )
+    return config.build(model_parts=model_parts)
+
+
+def token_loss(prediction: Tensor, labels: Tensor, global_valid_tokens: Tensor) -> tuple[Tensor, None]:
+    loss = F.cross_entropy(prediction.flatten(0, 1), labels.flatten(), reduction="sum")
+    return loss / global_valid_tokens, None

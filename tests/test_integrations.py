@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import integration_trainers as trainers
 import pytest
+import torch
 from integration_trainers import STEPS, Rates, Setting
 from rank_pool import Pool
+from test_distributed import criterion, data, new_model
+from torch import Tensor
 
-PACKAGES = {"accelerate": "accelerate", "fabric": "lightning", "lightning": "lightning", "transformers": "transformers"}
-TRAINERS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed"),
-    )
-    for name, package in PACKAGES.items()
-]
+import gen_dist as gen
+from gen_dist import GenOptimizer
+from gen_dist.integrations.at_step import RateAtStep
+from gen_dist.integrations.joint import JointOptimizer
+
+PACKAGES = {
+    "accelerate": ["accelerate"],
+    "fabric": ["lightning"],
+    "lightning": ["lightning"],
+    "transformers": ["transformers", "accelerate"],
+    "torchtitan_container": ["torchtitan"],
+    "torchtitan": ["torchtitan", "triton"],  # without triton its trainer cannot be imported
+}
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
+
+
+TRAINERS = [pytest.param(name, marks=needs(*packages)) for name, packages in PACKAGES.items()]
+IN_BFLOAT16 = [trainer for trainer in TRAINERS if "torchtitan" not in str(trainer.values[0])]
 pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
 Pools = Callable[[int], Pool]
 
@@ -42,7 +61,7 @@ def test_rates_are_those_of_the_plain_loop(pool: Pools, name: str, ranks: int, a
         assert rates == pytest.approx(trainers.plain(), rel=1e-10)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", IN_BFLOAT16)
 def test_bfloat16(name: str) -> None:
     assert train(name, Setting(bfloat16=True)) == pytest.approx(trainers.plain(bfloat16=True), rel=1e-6)
 
@@ -55,3 +74,153 @@ def test_a_run_that_was_cut_goes_on_with_the_same_rates(pool: Pools, name: str, 
     for before, after in zip(first, second, strict=True):
         assert before + after == pytest.approx(trainers.plain(), rel=1e-10)
         assert len(after) == STEPS - 3
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_of_transformers_that_counts_its_tokens(pool: Pools, ranks: int, accumulate: int) -> None:
+    for rates in on_ranks(pool, ranks, "language_model", Setting(accumulate)):
+        assert rates == pytest.approx(trainers.plain_language_model(), rel=1e-4)  # it takes its loss in float32
+
+
+# ------------------------------------------------------------------------------------------ what they share
+
+
+def problem(scheduler: Callable[..., gen.GenScheduler] = gen.ExactGen) -> tuple[RateAtStep, Callable[[], Tensor]]:
+    """A trainer's scheduler and a loss."""
+    x, y = data()[0]
+    model = new_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    return RateAtStep(scheduler(optimizer, model)), lambda: criterion(model(x), y)
+
+
+def test_gradients_are_unscaled_when_the_rate_is_set() -> None:
+    """By the scaler, in its `step`; one that overflows is left out."""
+    rates = []
+    for scale in (1.0, 1024.0):
+        rate, loss = problem()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(loss()).backward()
+        rate.batches.append(loss)
+        scaler.step(rate.scheduler.optimizer)
+        rates += rate.get_last_lr()
+        assert rate.scheduler.last is not None
+        assert rate.scheduler.last.numerator > 0
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+
+def test_a_closure_makes_the_gradients_first() -> None:
+    rate, loss = problem()
+    rate.batches.append(loss)
+    rate.scheduler.optimizer.step(lambda: loss().backward())
+    by_closure = rate.get_last_lr()
+    rate, loss = problem()
+    loss().backward()
+    rate.batches.append(loss)
+    rate.scheduler.optimizer.step()
+    assert by_closure == rate.get_last_lr()
+
+
+def test_a_step_without_batches_is_the_optimizers_own() -> None:
+    rate, loss = problem()
+    loss().backward()
+    rate.scheduler.optimizer.step()
+    assert rate.scheduler.last is None
+    assert rate.get_last_lr() == [1e-3]
+
+
+def test_detached_it_is_the_optimizers_own() -> None:
+    rate, loss = problem()
+    rate.detach()
+    loss().backward()
+    rate.batches.append(loss)
+    rate.scheduler.optimizer.step()
+    assert rate.scheduler.last is None
+
+
+def test_a_state_waits_for_its_scheduler() -> None:
+    rate, loss = problem()
+    loss().backward()
+    rate.batches.append(loss)
+    rate.scheduler.optimizer.step()
+    late = RateAtStep()
+    late.load_state_dict(rate.state_dict())
+    assert late.state_dict() == rate.state_dict()
+    late.attach(problem()[0].scheduler)
+    assert late.scheduler.last == rate.scheduler.last
+
+
+def test_without_a_scheduler_it_says_so() -> None:
+    with pytest.raises(RuntimeError, match="when training starts"):
+        _ = RateAtStep().scheduler
+
+
+def test_several_optimizers_are_one() -> None:
+    """Their joint rate is that of one optimizer with a group for each."""
+    seen = []
+    for joint in (True, False):
+        x, y = data()[0]
+        model = new_model()
+        parts = [list(model.blocks.parameters()), list(model.embedding.parameters())]
+        if joint:
+            optimizer: GenOptimizer = JointOptimizer(
+                torch.optim.AdamW(part, lr=lr) for part, lr in zip(parts, (1e-3, 5e-4), strict=True)
+            )
+        else:
+            groups = [{"params": part, "lr": lr} for part, lr in zip(parts, (1e-3, 5e-4), strict=True)]
+            optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups)
+        scheduler = gen.ExactGen(optimizer, model, criterion)
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            scheduler.step(x, y)
+            optimizer.step()
+            seen.append((scheduler.last, scheduler.get_last_lr()))
+    assert seen[:3] == seen[3:]
+
+
+# -------------------------------------------------------------------------------------------- wrong calls
+
+
+@needs("lightning")
+def test_a_wrapped_optimizer_is_refused() -> None:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(inner := new_model(), gen.make_gen_optimizer(torch.optim.SGD, inner.parameters()))
+    with pytest.raises(TypeError, match=r"optimizer\.optimizer"):
+        RateAtStep(gen.ExactGen(optimizer, model))
+
+
+def averaged_shards() -> str:
+    model = trainers.sharded(new_model())
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters())
+    with pytest.raises(ValueError, match="total_steps") as refusal:
+        RateAtStep(gen.AutoGen(optimizer, model))
+    return str(refusal.value)
+
+
+def test_averages_in_shards_are_refused(pool: Pools) -> None:
+    """A trainer's checkpoint would hold those of one rank."""
+    assert all("one rank" in message for message in pool(2).run(averaged_shards))
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("accelerate", "accelerate"), ("lightning", "lightning.pytorch"), ("transformers", "transformers")],
+)
+def test_a_missing_package_is_named(module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"gen_dist.integrations.{module}", raising=False)
+    with pytest.raises(ImportError, match="pip install"):
+        importlib.import_module(f"gen_dist.integrations.{module}")
+
+
+def test_the_library_needs_none_of_them() -> None:
+    program = (
+        "import sys, gen_dist, gen_dist.integrations.torchtitan; "
+        "print({'accelerate', 'lightning', 'transformers', 'torchtitan'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"

@@ -15,12 +15,13 @@ __all__ = ["JointOptimizer"]
 class JointOptimizer(GenOptimizer):
     """Optimizers over different parameters as one, whose direction is that of all of them together.
 
-    The optimizers become `GenOptimizer`s, in place; their learning rates keep their ratios.
+    The optimizers become `GenOptimizer`s, in place; their learning rates keep their ratios. State is theirs: save them.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         # Optimizer.__init__ is not called: state and parameter groups stay those of the optimizers.
         self.optimizers = [as_gen_optimizer(optimizer) for optimizer in optimizers]
+        self.defaults: dict[str, Any] = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
