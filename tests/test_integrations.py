@@ -87,19 +87,20 @@ def test_a_model_of_transformers_that_counts_its_tokens(pool: Pools, ranks: int,
 # ------------------------------------------------------------------------------------------ what they share
 
 
-def problem(scheduler: Callable[..., gen.GenScheduler] = gen.ExactGen) -> tuple[RateAtStep, Callable[[], Tensor]]:
+def problem(**arguments: bool) -> tuple[RateAtStep, Callable[[], Tensor]]:
     """A trainer's scheduler and a loss."""
     x, y = data()[0]
     model = new_model()
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
-    return RateAtStep(scheduler(optimizer, model)), lambda: criterion(model(x), y)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, **arguments)
+    return RateAtStep(gen.ExactGen(optimizer, model)), lambda: criterion(model(x), y)
 
 
-def test_gradients_are_unscaled_when_the_rate_is_set() -> None:
-    """By the scaler, in its `step`; one that overflows is left out."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_unscaled_when_the_rate_is_set(fused: bool) -> None:
+    """By the scaler, in its `step`; a fused optimizer does it itself."""
     rates = []
     for scale in (1.0, 1024.0):
-        rate, loss = problem()
+        rate, loss = problem(fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(loss()).backward()
         rate.batches.append(loss)

@@ -19,9 +19,9 @@ class JointOptimizer(GenOptimizer):
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        # Optimizer.__init__ is not called: state and parameter groups stay those of the optimizers.
+        # Optimizer.__init__ would make groups of its own; this, for what is unpickled, makes all the rest.
+        super().__setstate__({"defaults": {}})
         self.optimizers = [as_gen_optimizer(optimizer) for optimizer in optimizers]
-        self.defaults: dict[str, Any] = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
