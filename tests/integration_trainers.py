@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_distributed import BATCH, Model, criterion, data
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 import gen_dist as gen
 
@@ -33,6 +33,7 @@ class Setting(NamedTuple):
     directory: str = ""
     steps: int = STEPS
     resume: bool = False
+    default: bool = False  # the scheduler that the integration makes by itself
 
 
 class Recorded(gen.ExactGen):
@@ -240,10 +241,14 @@ def lightning(setting: Setting) -> Rates:
             self.log("accuracy", self.accuracy(logits.flatten(0, 1), y.flatten()))
             return loss
 
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.extend(callback.scheduler.get_last_lr())
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.model.parameters(), **ADAMW)
 
-    callback = GenCallback(Recorded)
+    callback = GenCallback(None if setting.default else Recorded)
+    seen: Rates = []
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks(),
@@ -265,7 +270,7 @@ def lightning(setting: Setting) -> Rates:
     assert module.accuracy.update_count <= STEPS * setting.accumulate, "the metric counts batches once"
     if setting.directory and not setting.resume:
         trainer.save_checkpoint(checkpoint)
-    return callback.scheduler.rates  # type: ignore[attr-defined]
+    return callback.scheduler.rates if not setting.default else seen  # type: ignore[attr-defined]
 
 
 # --------------------------------------------------------------------------------------------- transformers
@@ -306,7 +311,7 @@ def plain_language_model() -> Rates:
 
 def hugging_face(model: nn.Module, setting: Setting) -> Rates:
     from accelerate.state import AcceleratorState, GradientState
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from gen_dist.integrations.transformers import GenTrainer
 
@@ -322,7 +327,6 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
         max_grad_norm=CLIP,
         learning_rate=ADAMW["lr"],
         max_steps=setting.steps,
-        train_sampling_strategy="sequential",
         save_strategy="steps" if setting.directory else "no",
         save_steps=setting.steps,
         logging_strategy="no",
@@ -330,14 +334,25 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
         disable_tqdm=True,
         ddp_backend="gloo" if ranks() > 1 else None,
     )
-    trainer = GenTrainer(
+
+    class InOrder(GenTrainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.extend(trainer.lr_scheduler.get_last_lr()[:1])
+
+    seen: Rates = []
+    trainer = InOrder(
+        callbacks=[Seen()],
         model=model,
         args=arguments,
         train_dataset=[{name: x, "labels": y} for x, y in dataset()],
-        scheduler=Recorded,
+        scheduler=None if setting.default else Recorded,
     )
     trainer.train(resume_from_checkpoint=setting.resume or None)
-    return trainer.lr_scheduler.scheduler.rates
+    return seen
 
 
 # ----------------------------------------------------------------------------------------------- torchtitan

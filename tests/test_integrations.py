@@ -84,6 +84,12 @@ def test_a_model_of_transformers_that_counts_its_tokens(pool: Pools, ranks: int,
         assert rates == pytest.approx(trainers.plain_language_model(), rel=1e-4)  # it takes its loss in float32
 
 
+@pytest.mark.parametrize("name", [p for p in TRAINERS if p.values[0] in ("lightning", "transformers")])
+def test_by_default_the_number_of_steps_is_the_horizon(name: str) -> None:
+    rates = train(name, Setting(default=True))
+    assert 0 < rates[-1] < rates[0], "it decays"
+
+
 # ------------------------------------------------------------------------------------------ what they share
 
 
