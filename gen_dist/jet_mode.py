@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from gen_dist.jet import Jet, UnsupportedOperation
 
@@ -43,8 +43,13 @@ class JetMode(TorchFunctionMode):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        _set_grad_enabled(self._enabled_before)
+        self.leave()
+
+    def leave(self) -> None:
+        """End it, if it has begun and not ended yet."""
+        if self in _get_current_function_mode_stack():
+            super().__exit__(None, None, None)
+            _set_grad_enabled(self._enabled_before)
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is _set_grad_enabled:

@@ -21,6 +21,7 @@ from gen_dist.jet import Jet, derivatives, velocity_only
 from gen_dist.jet_mode import JetMode
 from gen_dist.optimizer import Direction
 from gen_dist.sharding import Layout
+from gen_dist.undo import put_back
 
 __all__ = ["Line"]
 
@@ -102,8 +103,9 @@ class Line:
         ):
             # Buffers too: what the model writes into them may move, and come back into the loss.
             table.update((id(b), Jet(b)) for b in self.model.buffers() if b.is_floating_point())
+            mode = JetMode(table)
             try:
-                with JetMode(table):
+                with put_back(mode.leave), mode:
                     yield
             finally:
                 self.layout.reshard()
@@ -119,17 +121,22 @@ class Line:
         coarsest = max((torch.finfo(dtype).eps for dtype in self.layout.compute_dtypes()), default=0.0)
         self.noise = ROUNDINGS_OF_MODEL * coarsest
 
+        kinds = {p.device.type for p in self.model.parameters()}
+        hooks = self.model._forward_pre_hooks
+
         def note(*_: Any) -> None:
-            for kind in {p.device.type for p in self.model.parameters()}:
+            for kind in kinds:
                 if torch.is_autocast_enabled(kind):
                     eps = torch.finfo(torch.get_autocast_dtype(kind)).eps
                     self.noise = max(self.noise, ROUNDINGS_OF_MODEL * eps)
 
-        handle = self.model.register_forward_pre_hook(note)
-        try:
+        def remove() -> None:  # by itself: an interrupt can come before its handle is there
+            for key in [key for key, hook in hooks.items() if hook is note]:
+                del hooks[key]
+
+        with put_back(remove):
+            self.model.register_forward_pre_hook(note)
             yield
-        finally:
-            handle.remove()
 
 
 def _coefficients(loss: Tensor) -> Tensor:
@@ -159,12 +166,14 @@ def _moved(direction: Direction) -> Iterator[Callable[[float], bool]]:
         at = rate
         return rate == 0 or _arrived(groups, before, rate)
 
-    try:
-        yield move_to
-    finally:
-        for (shards, _, _), theta in zip(groups, before, strict=True):
-            torch._foreach_copy_(shards, theta)
+    def move_back() -> None:
+        with torch.no_grad():
+            for (shards, _, _), theta in zip(groups, before, strict=True):
+                torch._foreach_copy_(shards, theta)
         torch.clear_autocast_cache()
+
+    with put_back(move_back):
+        yield move_to
 
 
 def _arrived(groups: list[tuple[list[Tensor], list[Tensor], float]], before: list[list[Tensor]], rate: float) -> bool:
@@ -199,13 +208,12 @@ def _undisturbed(model: nn.Module) -> Iterator[Restart]:
         for (module, name), buffer in zip(names, buffers, strict=True):
             module._buffers[name] = buffer
         if present:
-            torch._foreach_copy_(present, contents)
+            with torch.no_grad():
+                torch._foreach_copy_(present, contents)
         return drawn
 
-    try:
+    with put_back(restart):
         yield restart
-    finally:
-        restart()
 
 
 @contextlib.contextmanager

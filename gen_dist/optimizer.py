@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gen_dist import sharding
+from gen_dist.undo import put_back
 
 __all__ = ["Direction", "GenOptimizer", "as_gen_optimizer", "make_gen_optimizer"]
 
@@ -172,29 +174,43 @@ def _empty_gen_optimizer(base: type[Optimizer]) -> GenOptimizer:
 # -------------------------------------------------------------------------------------------- the direction
 
 
+@torch.no_grad()
 def measure_direction(optimizer: Optimizer) -> Direction:
     """Step once at a trial rate; return the direction, with every parameter as it was before and the state advanced."""
-    ratios = rate_ratios(optimizer)
-    direction, before, usual = Direction(), [], []
-    with torch.no_grad():
-        for index, group in enumerate(optimizer.param_groups):
-            parameters = [p for p in group["params"] if p.grad is not None]
+    ratios, groups = rate_ratios(optimizer), optimizer.param_groups
+    moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    before = [[sharding.local(p).clone() for p in parameters] for parameters in moving]
+    usual = [group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
+
+    @torch.no_grad()
+    def move_back() -> None:
+        for group, rate, parameters, theta in zip(groups, usual, moving, before, strict=True):
+            set_rate(group, rate)
             if parameters:
-                direction.append(GroupDirection(index, ratios[index], parameters, []))
-                before.append([sharding.local(p).clone() for p in parameters])
-            usual.append(_exchange_rate(group, _trial_rate(group)))
-        try:
-            _base_step(optimizer)
-            for (index, _, parameters, updates), theta in zip(direction, before, strict=True):
-                moved = torch._foreach_sub(theta, [sharding.local(p) for p in parameters])
-                torch._foreach_div_(moved, _trial_rate(optimizer.param_groups[index]))
-                updates.extend(moved)
-        finally:
-            for group, rate in zip(optimizer.param_groups, usual, strict=True):
-                _exchange_rate(group, rate)
-            for (_, _, parameters, _), theta in zip(direction, before, strict=True):
                 torch._foreach_copy_([sharding.local(p) for p in parameters], theta)
+
+    direction = Direction()
+    with put_back(move_back):
+        for group in groups:
+            set_rate(group, _trial_rate(group))
+        _base_step(optimizer)
+        for index, (ratio, parameters, theta) in enumerate(zip(ratios, moving, before, strict=True)):
+            if parameters:
+                updates = torch._foreach_sub(theta, [sharding.local(p) for p in parameters])
+                torch._foreach_div_(updates, _trial_rate(groups[index]))
+                direction.append(GroupDirection(index, ratio, parameters, list(updates)))
     return direction
+
+
+def keep_state(optimizer: Optimizer) -> Callable[[], None]:
+    """Copy the optimizer's state; returns what puts it back."""
+    kept = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
+
+    def put_back_state() -> None:
+        optimizer.state.clear()
+        optimizer.state.update(kept)
+
+    return put_back_state
 
 
 def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,25 +232,18 @@ def rate_ratios(optimizer: Optimizer) -> list[float]:
     return [rate / largest if largest > 0 else 1.0 for rate in rates]
 
 
-def set_rate(group: Mapping[str, Any], rate: float) -> None:
-    """Set a group's learning rate; one that is a tensor keeps its identity."""
-    _exchange_rate(cast("dict[str, Any]", group), rate)
-
-
 def _trial_rate(group: Mapping[str, Any]) -> float:
     has_float16 = any(p.dtype == torch.float16 for p in group["params"])
     return TRIAL_RATE_FLOAT16 if has_float16 else TRIAL_RATE
 
 
-def _exchange_rate(group: dict[str, Any], rate: Any) -> Any:
-    """Set a group's learning rate and return the one it had."""
+def set_rate(group: dict[str, Any], rate: Any) -> None:
+    """Set a group's learning rate; one that is a tensor keeps its identity."""
     usual = group["lr"]
     if isinstance(usual, Tensor):
-        before = usual.clone()
         usual.copy_(rate) if isinstance(rate, Tensor) else usual.fill_(rate)
-        return before
-    group["lr"] = rate
-    return usual
+    else:
+        group["lr"] = rate
 
 
 def _subtract(parameters: list[Tensor], updates: list[Tensor], rate: Any) -> None:

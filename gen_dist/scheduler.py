@@ -20,10 +20,11 @@ from gen_dist.curvature import estimator
 from gen_dist.group_rates import GroupHistory, decide_ratios, measure_system
 from gen_dist.line import Line
 from gen_dist.measurement import Measurement, Request, gradients_are_finite, losses_together, measure
-from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
+from gen_dist.optimizer import Direction, GenOptimizer, keep_state, rate_ratios, set_rate
 from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, SHORTENED, Auto, Decision, History, Raw, Rule
 from gen_dist.sharding import Layout
 from gen_dist.signal import check_optimizer, gradient_noise
+from gen_dist.undo import whole
 
 __all__ = ["ApproxGen", "AutoGen", "ExactGen", "GenScheduler", "Update"]
 
@@ -140,6 +141,7 @@ class GenScheduler(LRScheduler):
         self._step_pending = False  # whether an optimizer step is to be taken into the average
         self._warned = False
 
+    @whole
     def step(
         self,
         x: Any = None,
@@ -175,19 +177,30 @@ class GenScheduler(LRScheduler):
         own = {p: p.grad.clone() for p in parameters if p.grad is not None} if due and self.signal else None
         self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
         self.optimizer.reset()
-        if not due:
-            return
+        if due:
+            with self._as_before_on_error(slices):
+                self._update(slices, parameters, own, weight, loss)
+        self.last_epoch += 1
+        self._step_pending = self.average is not None
+
+    def _update(
+        self,
+        slices: list[Batch],
+        parameters: list[Tensor],
+        own: dict[Tensor, Tensor] | None,
+        weight: float,
+        loss: Tensor | None,
+    ) -> None:
         if finite := gradients_are_finite(self.layout, self.ranks, parameters):
             self.optimizer.compute_param_updates()
-        how = self._request(len(slices), weight, loss, finite)
-        seen = self._measure(slices, how, own)
+        seen = self._measure(slices, own, self._request(len(slices), weight, loss, finite))
         if not seen.gradients_finite:
             self.optimizer.skip_step()
         self._cross_check(seen)
-        steps = self.last_epoch - self._updated_at
+        steps = self.last_epoch + 1 - self._updated_at
         decision, self._history = self.rule.decide(seen, self._history, steps, self.lr_min, self.lr_max)
-        self._updated_at = self.last_epoch
         change_ratio = self._verify(slices, seen, weight)
+        self._updated_at = self.last_epoch + 1
         self._updates += 1
         self._set_rates()
         self._record(seen, decision, change_ratio)
@@ -195,23 +208,40 @@ class GenScheduler(LRScheduler):
     # ---------------------------------------------------------------------------------- the parts of a step
 
     def _next_step(self) -> bool:
-        """Count the step, and do what every step needs; whether it is one with an update."""
+        """Do what every step needs; whether it is one with an update."""
         due = self.last_epoch % self.update_every == 0 or not self._history.started
-        self.last_epoch += 1
         self._adopt_new_groups()
-        if self.average is not None:
-            if self._step_pending:
-                self.average.update()
-            self._step_pending = True
-        if not due and self.rule.factor(self.last_epoch - 1) != 1:
+        if self.average is not None and self._step_pending:
+            self.average.update()
+            self._step_pending = False
+        if not due and self.rule.factor(self.last_epoch) != 1:
             self._set_rates()
         return due
+
+    @contextlib.contextmanager
+    def _as_before_on_error(self, slices: list[Batch]) -> Iterator[None]:
+        """After an error hold no direction, and what the optimizer and this scheduler know is what they knew before.
+
+        The optimizer's state is kept where closures run, the user's code, which may fail at any time; a model has just
+        run on the same batch, and a copy of the state costs as much memory as the state.
+        """
+        restore = keep_state(self.optimizer) if any(batch.closure is not None for batch in slices) else None
+        before = self._history, self._groups, self._shortened, self._probe, self._updates, self._updated_at, self.last
+        try:
+            yield
+        except BaseException:
+            self.optimizer.reset()
+            if restore is not None:
+                restore()
+            self._history, self._groups, self._shortened, self._probe = before[:4]
+            self._updates, self._updated_at, self.last = before[4:]
+            raise
 
     def _request(self, batches: int, weight: float, loss: Tensor | None, finite: bool) -> Request:
         settings = f"{self._settings()}, {batches} batch(es)"
         return Request(self.estimator, self._probe, loss, weight, finite, self.rule.needs_norms, settings)
 
-    def _measure(self, slices: list[Batch], how: Request, own: dict[Tensor, Tensor] | None) -> Measurement:
+    def _measure(self, slices: list[Batch], own: dict[Tensor, Tensor] | None, how: Request) -> Measurement:
         """Measure the line; with rates for each group, all K directions, and then the line on which they go on."""
         direction = self.optimizer.direction or Direction()
         if self._groups is None:
@@ -229,7 +259,7 @@ class GenScheduler(LRScheduler):
         Returns the true change of the loss over the predicted one, at the rate that the rule chose.
         """
         self._shortened = 1.0
-        chosen = self._history.rate * self.rule.factor(self.last_epoch - 1)
+        chosen = self._history.rate * self.rule.factor(self.last_epoch)
         loss, slope, curvature, _ = seen.parabola
         if not self.verify or self._updates % self.verify or not (chosen > 0 and math.isfinite(loss) and slope < 0):
             return None
@@ -270,7 +300,7 @@ class GenScheduler(LRScheduler):
             )
 
     def _set_rates(self) -> None:
-        rate = self._history.rate * self.rule.factor(self.last_epoch - 1) * self._shortened
+        rate = self._history.rate * self.rule.factor(self.last_epoch) * self._shortened
         least = 0.0 if self._groups is None else self.lr_min
         for group, ratio in zip(self.optimizer.param_groups, self._ratios(), strict=True):
             set_rate(group, max(rate * ratio, least))
@@ -284,7 +314,7 @@ class GenScheduler(LRScheduler):
         signal = (seen.g_dot_d - seen.noise) / seen.g_dot_d if seen.g_dot_d else math.nan
         found = (seen.slope_error, seen.curvature_error, signal)
         slope_error, curvature_error, signal_share = (None if math.isnan(number) else number for number in found)
-        rate = decision.lr * self.rule.factor(self.last_epoch - 1) * self._shortened
+        rate = decision.lr * self.rule.factor(self.last_epoch) * self._shortened
         reason = decision.reason if self._shortened == 1 else SHORTENED
         self.last = Update(
             rate, -slope, curvature, loss, reason, slope_error, curvature_error, signal_share, change_ratio

@@ -22,6 +22,8 @@ if dist.is_available():
 else:  # a build of torch for one process
     FSDPModule = FullyShardedDataParallel = DTensor = type("Absent", (), {})  # type: ignore[misc, assignment]
 
+from gen_dist.undo import put_back
+
 __all__ = ["Layout", "local", "placed_like"]
 
 Substitute = Callable[[Tensor, Tensor], Tensor]
@@ -105,13 +107,15 @@ class Layout:
     def bare(self) -> Iterator[None]:
         """Run DDP's inner module in place of DDP: a probe has nothing to synchronise and must not disturb it."""
         wrappers = [wrapper for wrapper in self.ddp if not wrapper.mixed_precision]
-        for wrapper in wrappers:
-            wrapper.forward = _inner_forward(wrapper)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
+
+        def rewrap() -> None:
             for wrapper in wrappers:
-                del wrapper.forward
+                wrapper.__dict__.pop("forward", None)
+
+        with put_back(rewrap):
+            for wrapper in wrappers:
+                wrapper.forward = _inner_forward(wrapper)  # type: ignore[method-assign]
+            yield
 
     def reshard(self) -> None:
         """Let go of gathered weights: FSDP keeps its root's after a forward pass, and would use them again.
@@ -142,12 +146,11 @@ class Layout:
                 found.add(id(parameter))
                 table[id(parameter)] = _stand_in(parameter.detach(), velocities[parameter], substitute)
         _refuse_strangers(velocities, found)
-        handles = [handle for unit in units for handle in unit.hook(table, substitute)]
-        try:
+        handles: list[Any] = []
+        with put_back(lambda: [handle.remove() for handle in handles]):
+            for unit in units:
+                handles += unit.hook(table, substitute)
             yield table
-        finally:
-            for handle in handles:
-                handle.remove()
         for unit in units:
             unit.check_that_it_ran()
 
