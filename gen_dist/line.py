@@ -153,7 +153,7 @@ def _moved(direction: Direction) -> Iterator[Callable[[float], bool]]:
 
     It tells whether they could go there: a step below the rounding of half-precision weights takes them elsewhere.
     """
-    groups = [([sharding.local(p) for p in g.parameters], g.updates, g.ratio) for g in direction]
+    groups = [([sharding.local(p) for p in g.parameters], g.updates, g.ratio) for g in direction if g.parameters]
     before = [[shard.clone() for shard in shards] for shards, _, _ in groups]
     at = 0.0
 

@@ -544,6 +544,8 @@ def _check_arguments(
     group_rates: Any,
     verify: Any,
 ) -> None:
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
+        raise TypeError(f"{type(optimizer).__name__} is a trainer's wrapper around an optimizer: pass its .optimizer")
     if not isinstance(optimizer, GenOptimizer):
         if isinstance(optimizer, Optimizer):
             name = type(optimizer).__name__

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import random
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_pool import Pool
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 
@@ -66,3 +74,238 @@ def test_an_interrupt_anywhere_leaves_no_displaced_weights(curvature: str) -> No
         assert scheduler.optimizer.param_groups[0]["lr"] < 2.0**10, f"a trial rate after an interrupt at point {point}"
         point += stride
     assert point > 1000, "the interrupts reached far into the step"
+
+
+# --------------------------------------------------------------------------------------------------- no poison
+
+
+def network(kind: str = "alone") -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    return DistributedDataParallel(model) if kind == "ddp" else model
+
+
+def train_with_a_fault(kind: str, fault: str, curvature: str, auto: bool) -> list[tuple[Any, ...]]:
+    """Six steps, the third with a fault on the last rank alone: rate, reason, all finite, and weights of each."""
+    rank, last = (dist.get_rank(), dist.get_world_size() - 1) if dist.is_initialized() else (0, 0)
+    model = network(kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
+    make: Any = gen.AutoGen if auto else gen.GenScheduler
+    scheduler = make(optimizer, model, nn.functional.cross_entropy, curvature=curvature, update_every=1, lr_max=0.1)
+    generator = torch.Generator().manual_seed(rank)
+    seen = []
+    for step in range(6):
+        x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
+        here = step == 2 and rank == last
+        optimizer.zero_grad()
+        calls = 0
+
+        def loss(here: bool = here, x: Tensor = x, y: Tensor = y) -> Tensor:
+            nonlocal calls
+            calls += 1
+            value = nn.functional.cross_entropy(model(x), y)
+            poison = {"nan in the probe": math.nan, "overflow in the probe": math.inf}.get(fault, 0.0)
+            return value + poison if here and calls == 2 else value
+
+        poisoned = next(model.parameters()).register_hook(lambda g: g * math.nan)  # before any reduction
+        if not (here and fault == "nan in the gradient"):
+            poisoned.remove()
+        loss().backward()
+        poisoned.remove()
+        if here and fault == "no samples":
+            scheduler.step(x[:0], y[:0], weight=0)
+        elif here and fault == "nan in the data":
+            scheduler.step(x * math.nan, y)
+        else:
+            scheduler.step(closure=loss)
+        optimizer.step()
+        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        finite = all(bool(t.isfinite().all()) for t in [*model.parameters(), *state])
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+        seen.append((scheduler.last.lr, scheduler.last.reason, finite, weights))
+    return seen
+
+
+FAULTS = ["nan in the gradient", "nan in the probe", "overflow in the probe", "nan in the data", "no samples"]
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["raw", "auto"])
+@pytest.mark.parametrize("curvature", ["exact", "forward"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("kind", "ranks"), [("alone", 1), ("replica", 2), ("ddp", 2)])
+def test_a_fault_on_one_rank_spoils_nothing(
+    pool: Callable[[int], Pool], kind: str, ranks: int, fault: str, curvature: str, auto: bool
+) -> None:
+    if fault == "no samples" and ranks == 1:
+        pytest.skip("one rank without samples is no step")
+    results = pool(ranks).run(train_with_a_fault, kind, fault, curvature, auto)
+    for seen in results:
+        assert seen == results[0], "rates, reasons and weights are the same on all ranks"
+        assert all(finite for _, _, finite, _ in seen)
+        assert all(0 < lr <= 0.1 for lr, _, _, _ in seen)
+        if fault != "no samples":
+            assert seen[2][1] == "not finite"
+            assert seen[2][0] == seen[1][0], "the rate is kept"
+        if fault == "nan in the gradient":
+            assert seen[2][3] == seen[1][3], "the step is skipped"
+        assert seen[3][1] != "not finite", "and the next one is as ever"
+        assert seen[5][3] != seen[3][3]
+
+
+# ----------------------------------------------------------------------------------------------------- no hang
+
+
+def fails_and_goes_on(kind: str) -> tuple[str, float, bool, list[float]]:
+    """The closure of rank 1 fails in the second step: what was raised, how soon, and whether all was as before."""
+    model = network(kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
+    scheduler = gen.GenScheduler(optimizer, model, curvature="forward", lr_max=0.1)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    raised, took, kept = "", 0.0, False
+    for step in range(4):
+        x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
+        calls = 0
+
+        def loss(x: Tensor = x, y: Tensor = y, step: int = step) -> Tensor:
+            nonlocal calls
+            calls += 1
+            torch.rand(3)
+            if step == 1 and dist.get_rank() == 1 and calls == 3:
+                raise OSError("disk full")
+            return nn.functional.cross_entropy(model(x), y)
+
+        optimizer.zero_grad()
+        loss().backward()
+        before = everything(model, optimizer), scheduler.state_dict()
+        start = time.monotonic()
+        try:
+            scheduler.step(closure=loss)
+        except (OSError, RuntimeError) as error:
+            raised, took = f"{type(error).__name__}: {error}", time.monotonic() - start
+            now = everything(model, optimizer)
+            kept = all(torch.equal(a, b) for a, b in zip(now, before[0], strict=True))
+            kept = kept and scheduler.state_dict() == before[1] and optimizer.direction is None
+            continue
+        optimizer.step()
+    return raised, took, kept, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    state = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    return [*(v.clone() for v in model.state_dict().values()), *state, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("kind", ["replica", "ddp"])
+def test_after_a_failure_on_one_rank_the_batch_may_be_skipped(pool: Callable[[int], Pool], kind: str) -> None:
+    one, two = pool(2).run(fails_and_goes_on, kind)
+    assert one[0] == "RuntimeError: the loss could not be evaluated in scheduler.step on rank 1 (OSError: disk full)"
+    assert two[0] == "OSError: disk full"
+    for _, took, kept, _ in (one, two):
+        assert took < 1
+        assert kept
+    assert one[3] == two[3]
+
+
+def settings_differ(name: str) -> str:
+    options = {
+        "lr_max": {"lr_max": 1.0 + dist.get_rank()},
+        "update_every": {"update_every": 1 + dist.get_rank()},
+        "curvature": {"curvature": ["exact", "gauss-newton"][dist.get_rank()]},
+        "group_rates": {"group_rates": ["diagonal", True][dist.get_rank()]},
+        "micro-batches": {},
+    }[name]
+    model = network()
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-2)
+    scheduler = gen.GenScheduler(optimizer, model, nn.functional.cross_entropy, **options)  # type: ignore[arg-type]
+    x, y = torch.randn(4, 3), torch.randint(0, 2, (4,))
+    nn.functional.cross_entropy(model(x), y).backward()
+    count = 1 + dist.get_rank() if name == "micro-batches" else 1
+    try:
+        scheduler.step(batches=[(x, y)] * count)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", ["lr_max", "update_every", "curvature", "group_rates", "micro-batches"])
+def test_settings_that_differ_are_told_at_the_first_step(pool: Callable[[int], Pool], name: str) -> None:
+    for said in pool(2).run(settings_differ, name):
+        assert said.startswith("the ranks disagree on the scheduler's settings")
+
+
+# -------------------------------------------------------------------------------------------------------- fuzz
+
+floats = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1e-38, 1e38, math.nan, math.inf, -math.inf]))
+CALLS = ["step", "step twice", "skip backward", "optimizer first", "micro-batches", "closure", "add a group"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(CALLS), floats, floats), min_size=1, max_size=6),
+    st.sampled_from(["exact", "gauss-newton", "forward"]),
+    st.booleans(),
+    st.sampled_from([False, True, "diagonal"]),
+    st.integers(1, 3),
+)
+def test_any_calls_with_any_numbers_keep_the_rate_in_its_clamp(
+    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int
+) -> None:
+    drive(calls, curvature, auto, group_rates, every)
+
+
+def drive(
+    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int
+) -> list[float]:
+    """A small network through calls, with a number put among its inputs and one among its gradients."""
+    model = nn.Sequential(network(), nn.Linear(2, 2))
+    groups = [{"params": list(part.parameters())} for part in model]
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups[:1], lr=1e-3)
+    make: Any = gen.AutoGen if auto else gen.GenScheduler
+    limits = {"lr_min": 1e-5, "lr_max": 0.5, "update_every": every, "group_rates": group_rates}
+    scheduler = make(optimizer, model, nn.functional.cross_entropy, curvature=curvature, **limits)
+    x, y = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+    rates: list[float] = []
+    for call, of_input, of_gradient in calls:
+        x = x.clone()
+        x[0, 0] = of_input
+        if call != "skip backward":
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            gradient = next(model.parameters()).grad
+            assert gradient is not None
+            gradient[0, 0] += of_gradient
+        if call == "optimizer first":
+            optimizer.step()
+        if call == "add a group" and len(optimizer.param_groups) < 2:
+            optimizer.add_param_group(groups[1])
+        if call == "closure" and curvature != "gauss-newton":
+            scheduler.step(closure=lambda x=x: nn.functional.cross_entropy(model(x), y))
+        elif call == "micro-batches":
+            scheduler.step(batches=[(x, y), (x[:2], y[:2])])
+        else:
+            scheduler.step(x, y)
+        if call == "step twice":
+            scheduler.step(x, y)
+        optimizer.step()
+        for rate in scheduler.get_last_lr():
+            assert 1e-5 * (1 - 1e-9) <= rate <= 0.5, (rate, scheduler.last)
+        rates += scheduler.get_last_lr()
+    return rates
+
+
+def many_drives() -> list[list[float]]:
+    """The same sequences of calls on every rank, with other numbers on each."""
+    calls, numbers = random.Random(0), random.Random(dist.get_rank())
+    special = [0.0, 1.0, -3.0, 0.5, 2.0, 7.0, 1e20, math.nan]
+    found = []
+    for _ in range(20):
+        sequence = [(calls.choice(CALLS[:-1]), numbers.choice(special), numbers.choice(special)) for _ in range(4)]
+        curvature, auto, every = calls.choice(["exact", "forward"]), calls.random() < 0.5, calls.choice([1, 2])
+        found.append(drive(sequence, curvature, auto, False, every))
+    return found
+
+
+def test_ranks_never_differ_whatever_they_see(pool: Callable[[int], Pool]) -> None:
+    one, two = pool(2).run(many_drives)
+    assert one == two
+    assert len({rate for rates in one for rate in rates}) > 5
