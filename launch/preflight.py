@@ -83,9 +83,9 @@ class Meeting:
 
     def leave(self) -> None:
         """Rank 0 stays until the others have heard it: the store may live in its process."""
-        present = [rank for rank in range(self.size) if self.store.check([f"{self.round}/{rank}"])]
-        with contextlib.suppress(dist.DistStoreError):
-            if self.rank == 0:
+        if self.rank == 0:
+            present = [rank for rank in range(self.size) if self.store.check([f"{self.round}/{rank}"])]
+            with contextlib.suppress(dist.DistStoreError):
                 self.store.wait([f"{self.round}/heard {rank}" for rank in present], timedelta(seconds=5))
 
     def _report(self, rank: int, deadline: float) -> Report | None:

@@ -33,20 +33,23 @@ import torch
 import torch.distributed as dist
 import gen_dist as gen
 
+def train():
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+    criterion = torch.nn.functional.mse_loss
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(3):
+        x, y = torch.randn(8, 3), torch.randn(8, 1)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        scheduler.step(x, y)
+        optimizer.step()
+    sys.stdout.write(f"{sys.argv[1:]}: rank {dist.get_rank()} of {dist.get_world_size()} at {scheduler.last.lr!r}\\n")
+
 dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
-criterion = torch.nn.functional.mse_loss
-optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
-scheduler = gen.ExactGen(optimizer, model, criterion)
-torch.manual_seed(dist.get_rank())
-for _ in range(3):
-    x, y = torch.randn(8, 3), torch.randn(8, 1)
-    optimizer.zero_grad()
-    criterion(model(x), y).backward()
-    scheduler.step(x, y)
-    optimizer.step()
-sys.stdout.write(f"{sys.argv[1:]}: rank {dist.get_rank()} of {dist.get_world_size()} at {scheduler.last.lr!r}\\n")
+train()  # a function, so that no DDP outlives the process group, which may abort the process at its end
 dist.destroy_process_group()
 """
 
@@ -247,6 +250,7 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus}
 PartitionName=test Nodes=n1,n2 Default=YES State=UP
 """
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def why_no_slurm() -> str:
@@ -302,14 +306,22 @@ def until(true: Any, told: Path | None = None, seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(110)
 @pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm() or "can run")
 def test_slurm_runs_the_job_on_its_nodes(slurm: dict[str, str], train: Path) -> None:
-    submit = ["sbatch", "--wait", "--output=job.out", str(LAUNCH / "slurm.sbatch"), "train.py", "--epochs", "3"]
-    done = subprocess.run(
-        submit, cwd=train.parent, env=slurm | {"NPROC_PER_NODE": "1"}, capture_output=True, text=True, timeout=80
+    def said(*command: str) -> str:
+        return subprocess.run(
+            command, cwd=train.parent, env=slurm | {"NPROC_PER_NODE": "1"}, capture_output=True, text=True, check=True
+        ).stdout
+
+    batch = str(LAUNCH / "slurm.sbatch")
+    job = said("sbatch", "--parsable", "--output=job.out", batch, "train.py", "--epochs", "3").strip()
+    until(
+        lambda: said("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip() in ENDED,
+        seconds=80,
     )
     output = (train.parent / "job.out").read_text()
-    assert done.returncode == 0, done.stderr + output
+    assert "JobState=COMPLETED" in said("scontrol", "show", "job", job), output
     assert_trained(output, 2, "['--epochs', '3']")
 
 
