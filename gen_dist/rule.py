@@ -64,6 +64,9 @@ class Rule(Protocol):
     ) -> tuple[Decision, History]:
         """The rate after an update, `steps` after the one before."""
 
+    def stride(self, history: History) -> int:
+        """Of the steps at which an update would be due, the share that it wants: every how many of them."""
+
     def factor(self, step: int) -> float:
         """What the rate is multiplied by at a step: a schedule over a known horizon, else 1."""
 
@@ -107,6 +110,9 @@ class Raw:
         lr = clamped(best, lr_min, lr_max)
         return Decision(lr, ACCEPTED if lr == best else CLAMPED), history._replace(rate=lr)
 
+    def stride(self, history: History) -> int:
+        return 1
+
     def factor(self, step: int) -> float:
         return 1.0
 
@@ -121,17 +127,23 @@ class Auto:
     that `|lr d|` may have), and once the ratio or the cap has set it `settle_after` times it may grow no more.
     Averaged weights do the rest.
 
+    An update at which the direction does not descend multiplies the rate by `shrink`. Where noise has the better of
+    the slope, that is where this rate makes no more progress, such updates become frequent (Pflug's test of
+    stationarity, 1990), and so long runs have a falling rate without a horizon. From when it has settled, the rule
+    wants one in `settled_stride` updates.
+
     With `total_steps`, the rate is also multiplied by a schedule down to zero (`decay`: `"linear"` or `"cosine"`),
     after `warmup_steps` up from it. With `weigh_errors`, a slope or curvature within its standard error over the ranks
     counts as unknown; the rates then depend on how many ranks there are.
     """
 
     smoothing: float = 0.9
-    growth: float = 1.09
+    growth: float = 1.12
     start: float = 5e-4
     cap: float = 0.1
     settle_after: int = 3
-    shrink: float = 0.5
+    shrink: float = 0.75
+    settled_stride: int = 2
     total_steps: int | None = None
     decay: str = "linear"
     warmup_steps: int = 0
@@ -140,6 +152,8 @@ class Auto:
     def __post_init__(self) -> None:
         if not (0 <= self.smoothing < 1 and self.growth >= 1 and 0 < self.shrink <= 1):
             raise ValueError(f"need 0 <= smoothing < 1, growth >= 1 and 0 < shrink <= 1, got {self}")
+        if not (isinstance(self.settled_stride, int) and self.settled_stride >= 1):
+            raise ValueError(f"settled_stride must be a whole number of updates, got {self.settled_stride!r}")
         if not 0 < self.start <= self.cap:
             raise ValueError(f"need 0 < start <= cap, got start={self.start}, cap={self.cap}")
         if self.decay not in ("linear", "cosine"):
@@ -168,17 +182,20 @@ class Auto:
             best = last * self.shrink
         elif reason == SLOPE_UNCERTAIN:
             best = last
-        elif reason is not None:  # no curvature to be seen: go on, within the limit
-            best = min(grown, cap)
-        else:
-            history = self._averaged(history, parabola)
-            best = min(history.numerator / history.denominator, cap)
+        else:  # with no curvature to be seen go on, within the limits
+            best = cap
+            if reason is None:
+                history = self._averaged(history, parabola)
+                best = min(history.numerator / history.denominator, cap)
             if best < grown:
                 history = history._replace(settled=history.settled + 1)
             best = min(best, grown)
         lr = clamped(best, lr_min, lr_max)
         reason = reason or (ACCEPTED if lr == best else CLAMPED)
         return Decision(lr, reason), history._replace(rate=lr)
+
+    def stride(self, history: History) -> int:
+        return self.settled_stride if history.settled >= self.settle_after else 1
 
     def factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gen_dist import drift
 from gen_dist.averaging import AveragedWeights
 from gen_dist.batch import Batch, Criterion, as_batches
 from gen_dist.collectives import Ranks
@@ -83,6 +84,7 @@ class GenScheduler(LRScheduler):
             it (`True`), or that of each group alone (`'diagonal'`, and always with `'forward'`).
         verify: at every so many updates, try the step on its own batch and shorten it if the loss rises; 0 for never.
         signal: report the share of the slope that is signal; for SGD and Adam on plain replicas.
+        check_every: after every so many steps, `check_in_sync()`; 0 for never.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit, and says which do.
@@ -104,11 +106,12 @@ class GenScheduler(LRScheduler):
         group_rates: bool | str = False,
         verify: int = 0,
         signal: bool = False,
+        check_every: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
         # would patch the optimizer and take a first step.
-        _check_arguments(optimizer, model, criterion, lr_min, lr_max, update_every, group_rates, verify)
+        _check_arguments(optimizer, model, criterion, lr_min, lr_max, update_every, group_rates, verify, check_every)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
         self.criterion = criterion
@@ -116,7 +119,7 @@ class GenScheduler(LRScheduler):
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
         self.estimator = estimator(curvature, probes)
         self.group_rates = "diagonal" if group_rates and curvature == "forward" else group_rates
-        self.verify, self.signal = verify, signal
+        self.verify, self.signal, self.check_every = verify, signal, check_every
         self.layout = Layout(model)
         self.ranks = Ranks(process_group if process_group is not None else self.layout.process_group)
         self.base_lrs: list[float | Tensor] = []
@@ -171,6 +174,8 @@ class GenScheduler(LRScheduler):
         weight = _checked_weight(weight)
         slices = as_batches(self.model, self.criterion, x, y, closure, batches, may_be_none=weight == 0)
         self._refuse_closures(slices)
+        if self.check_every and self.last_epoch and self.last_epoch % self.check_every == 0:
+            self.check_in_sync()
         due = self._next_step()
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -209,7 +214,8 @@ class GenScheduler(LRScheduler):
 
     def _next_step(self) -> bool:
         """Do what every step needs; whether it is one with an update."""
-        due = self.last_epoch % self.update_every == 0 or not self._history.started
+        stride = self.update_every * self.rule.stride(self._history)
+        due = self.last_epoch % stride == 0 or not self._history.started
         self._adopt_new_groups()
         if self.average is not None and self._step_pending:
             self.average.update()
@@ -281,7 +287,7 @@ class GenScheduler(LRScheduler):
         return (
             f"lr_min={self.lr_min}, lr_max={self.lr_max}, curvature={self.curvature!r}, probes={self.probes}, "
             f"update_every={self.update_every}, rule={self.rule}, group_rates={self.group_rates!r}, "
-            f"verify={self.verify}, signal={self.signal}"
+            f"verify={self.verify}, signal={self.signal}, check_every={self.check_every}"
         )
 
     def _cross_check(self, seen: Measurement) -> None:
@@ -338,6 +344,24 @@ class GenScheduler(LRScheduler):
                 "curvature='gauss-newton' needs model and criterion apart: type scheduler.step(x, y), or use "
                 "curvature='exact' with closures"
             )
+
+    # --------------------------------------------------------------------------------------------------- drift
+
+    def check_in_sync(self) -> None:
+        """Compare, bit for bit, what the ranks should hold alike; costs one all-reduce of 16 bytes. Collective.
+
+        Parameters, also frozen ones, optimizer state, rates and what decides the next rate. Replicas and DDP compare
+        all of it. Of FSDP and tensor parallel models, a shard is compared between the ranks of its mesh that hold the
+        same (those of HSDP's replicas); one that no other rank holds cannot be, only rates and step counters are.
+        Buffers may differ, as the statistics of batch norms do, and are left out.
+
+        Raises `RuntimeError` on every rank that names the first difference and the ranks that are not as most are.
+        """
+        numbers = {
+            "the learning rate": self.get_last_lr(),
+            "the scheduler's history": (self.last_epoch, self._probe, *self._history),
+        }
+        drift.check_in_sync(self.layout, self.ranks, self.optimizer, numbers)
 
     # --------------------------------------------------------------------------------------- averaged weights
 
@@ -468,9 +492,9 @@ class ApproxGen(GenScheduler):
 class AutoGen(GenScheduler):
     """The recipe that needs no rate, no schedule and no horizon: what to use for real training.
 
-    An update at every eighth step, the rule `Auto` (smoothed, growth that stops by itself, start and cap relative to
-    the weights) and averaged weights: evaluate and export inside `with scheduler.averaged():`. The initial learning
-    rate plays no part but for the ratios between groups.
+    An update at every eighth step, at every sixteenth once the rate has settled, the rule `Auto` (smoothed, growth that
+    stops by itself, start and cap relative to the weights) and averaged weights: evaluate and export inside
+    `with scheduler.averaged():`. The initial learning rate plays no part but for the ratios between groups.
 
     With `total_steps`, the horizon is known: the rate also decays to zero, and averages are kept only if asked for.
 
@@ -496,6 +520,7 @@ class AutoGen(GenScheduler):
         group_rates: bool | str = False,
         verify: int = 0,
         signal: bool = False,
+        check_every: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if rule is not None and total_steps is not None:
@@ -515,6 +540,7 @@ class AutoGen(GenScheduler):
             group_rates=group_rates,
             verify=verify,
             signal=signal,
+            check_every=check_every,
             process_group=process_group,
         )
 
@@ -543,6 +569,7 @@ def _check_arguments(
     update_every: Any,
     group_rates: Any,
     verify: Any,
+    check_every: Any,
 ) -> None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
         raise TypeError(f"{type(optimizer).__name__} is a trainer's wrapper around an optimizer: pass its .optimizer")
@@ -570,3 +597,5 @@ def _check_arguments(
         raise ValueError(f"group_rates must be True, False or 'diagonal', got {group_rates!r}")
     if not (isinstance(verify, int) and verify >= 0):
         raise ValueError(f"verify must be a whole number of updates, 0 for never, got {verify!r}")
+    if not (isinstance(check_every, int) and check_every >= 0):
+        raise ValueError(f"check_every must be a whole number of steps, 0 for never, got {check_every!r}")

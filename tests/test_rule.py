@@ -122,7 +122,7 @@ def test_auto_only_falls_after_the_ratio_has_held_it_three_times() -> None:
 
 def test_auto_grows_without_curvature_and_shrinks_without_descent() -> None:
     decisions = rates_of(Auto(start=0.01, growth=2**0.125), [None, None, -1.0])
-    assert [d.lr for d in decisions] == pytest.approx([0.02, 0.04, 0.02])
+    assert [d.lr for d in decisions] == pytest.approx([0.02, 0.04, 0.03])
     assert [d.reason for d in decisions] == ["curvature not positive"] * 2 + ["the direction does not descend"]
 
 
@@ -130,7 +130,7 @@ def test_auto_treats_what_is_within_its_error_as_unknown_if_asked() -> None:
     history = History(0.02, started=True)
     uncertain_slope = measurement(-1.0, 100.0, errors=(1.5, 0.1))
     uncertain_curvature = measurement(-1.0, 100.0, errors=(0.1, 150.0))
-    for rule, expected in ((Auto(), (0.01, 0.01)), (Auto(weigh_errors=True), (0.02, 0.02 * 1.09**8))):
+    for rule, expected in ((Auto(), (0.01, 0.01)), (Auto(weigh_errors=True), (0.02, 0.02 * 1.12**8))):
         seen = tuple(rule.decide(m, history, 8, **FREE)[0].lr for m in (uncertain_slope, uncertain_curvature))
         assert seen == pytest.approx(expected)
 
@@ -149,3 +149,14 @@ def test_auto_decays_to_a_known_horizon() -> None:
 def test_auto_refuses_what_makes_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"need|must"):
         Auto(**wrong)  # type: ignore[arg-type]
+
+
+def test_auto_settles_at_its_cap_and_then_wants_fewer_updates() -> None:
+    rule, history = Auto(start=0.01, cap=0.02, settled_stride=3), History(0.0)
+    strides = []
+    for _ in range(5):
+        strides.append(rule.stride(history))
+        _, history = rule.decide(measurement(-1.0, 0.0), history, 8, **FREE)  # no curvature to be seen
+    assert strides == [1, 1, 1, 3, 3]
+    assert history.rate == pytest.approx(0.02)
+    assert Raw().stride(Raw().begin(0.1)) == 1

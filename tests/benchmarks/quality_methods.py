@@ -211,19 +211,37 @@ def textbook(task: Task, model: nn.Module, steps: int) -> Training:
     return Scheduled(gen.ExactGen(optimizer, model, cross_entropy, lr_max=1.0))
 
 
-def autogen(**rule: Any) -> Start:
+def autogen(
+    horizon: str | None = None,
+    make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+    groups: bool | str = False,
+    **rule: Any,
+) -> Start:
     """AutoGen with other values of the rule.
 
-    `horizon` names a decay to zero at the last step, `make` makes another optimizer than the task's.
+    `horizon` names a decay to zero at the last step, `make` makes another optimizer than the task's, and with `groups`
+    it finds a rate for each group: matrices of the first and of the second half of the network, and vectors.
     """
-    decay, make = rule.pop("horizon", None), rule.pop("make", None)
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
-        known = {"total_steps": steps, "decay": decay} if decay else {}
-        return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, rule=Auto(**rule, **known)))
+        if groups:
+            regroup(optimizer, model)
+        known = {"total_steps": steps, "decay": horizon} if horizon else {}
+        options: dict[str, Any] = {"rule": Auto(**rule, **known), "group_rates": groups}
+        return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, **options))
 
     return start
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give a new optimizer three groups in place of one."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    half = (len(matrices) + 1) // 2
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer.param_groups[0]["params"] = matrices[:half]
+    for parameters in (matrices[half:], vectors):
+        optimizer.add_param_group({"params": parameters})
 
 
 GRID = {
@@ -246,6 +264,8 @@ UNTUNED_METHODS: dict[str, Start] = {
     "textbook": textbook,
     "autogen": autogen(),
     "autogen-adamw": autogen(make=make_adamw),
+    "autogen-groups": autogen(groups=True),
+    "autogen-groups-diagonal": autogen(groups="diagonal"),
     "autogen-unsmoothed": autogen(smoothing=0.0),
     "autogen-unlimited-growth": autogen(growth=math.inf),
     "autogen-never-settling": autogen(settle_after=10**9),
