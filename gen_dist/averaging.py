@@ -72,13 +72,17 @@ class AveragedWeights:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps averaged and the averages, placed as the parameters are."""
-        pairs = zip(self.average, self.parameters, strict=True) if self.count else ()
-        return {"count": self.count, "average": [sharding.placed_like(a.clone(), p) for a, p in pairs]}
+        """The number of steps averaged and the averages, placed as the parameters are; zeros before the first step.
+
+        The structure is always the same, as `torch.distributed.checkpoint` needs it: it loads in place.
+        """
+        averages = self.average if self.count else [torch.zeros_like(sharding.local(p)) for p in self.parameters]
+        pairs = zip(averages, self.parameters, strict=True)
+        return {"count": self.count, "average": [sharding.placed_like(a.clone(), p).detach() for a, p in pairs]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = int(state_dict["count"])
-        self.average = [sharding.local(a).clone() for a in state_dict["average"]]
+        self.average = [sharding.local(a).clone() for a in state_dict["average"]] if self.count else []
 
 
 def _recompute_statistics(batches: list[Any], model: nn.Module) -> None:

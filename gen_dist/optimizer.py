@@ -22,6 +22,8 @@ __all__ = ["Direction", "GenOptimizer", "as_gen_optimizer", "make_gen_optimizer"
 TRIAL_RATE = 2.0**20
 TRIAL_RATE_FLOAT16 = 2.0**8  # its numbers end at 65504
 
+HELD = "held_direction"  # its key in a state dict
+
 REFUSED = {
     "LBFGS": "searches along its direction itself",
     "Rprop": "sets a step size for each weight from signs alone, not from lr",
@@ -109,6 +111,35 @@ class GenOptimizer(Optimizer):
     def direction(self) -> Direction | None:
         """The held direction."""
         return self._direction
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state; while a direction is held, with the direction as part of each parameter's state.
+
+        So a checkpoint between `scheduler.step()` and `optimizer.step()` loses nothing: after loading it,
+        `optimizer.step()` comes next. `torch.distributed.checkpoint` fills in what is there: to load such a checkpoint
+        with it, let this optimizer hold a direction beforehand, any, by `compute_param_updates()`.
+        """
+        packed = super().state_dict()
+        if self._direction is None:
+            return packed
+        parameters = (p for group in self.param_groups for p in group["params"])
+        positions = {id(parameter): position for position, parameter in enumerate(parameters)}
+        state = dict(packed["state"])
+        for parameter, update in self._direction.items():
+            own = state.get(positions[id(parameter)], {})
+            state[positions[id(parameter)]] = {**own, HELD: sharding.placed_like(update, parameter)}
+        return {**packed, "state": state, HELD: True}  # the mark is for a direction along which nothing moves
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict()` returned, with the direction that was held then, or none."""
+        super().load_state_dict(state_dict)
+        held = {p: state.pop(HELD) for p, state in self.state.items() if HELD in state}
+        self._direction = Direction() if held or state_dict.get(HELD) else None
+        for index, (ratio, group) in enumerate(zip(rate_ratios(self), self.param_groups, strict=True)):
+            moving = [p for p in group["params"] if p in held]
+            if self._direction is not None and moving:
+                updates = [sharding.local(held[p]) for p in moving]
+                self._direction.append(GroupDirection(index, ratio, moving, updates))
 
     def __reduce__(self) -> Any:
         return _empty_gen_optimizer, (self.base_class,), self.__getstate__()

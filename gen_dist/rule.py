@@ -138,7 +138,7 @@ class Auto:
     """
 
     smoothing: float = 0.9
-    growth: float = 1.12
+    growth: float = 1.09
     start: float = 5e-4
     cap: float = 0.1
     settle_after: int = 3

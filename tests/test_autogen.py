@@ -90,7 +90,7 @@ def test_rates_follow_the_recipe_written_out() -> None:
             _, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
             size = (sum(p.square().sum() for p in weights) / sum(v.square().sum() for v in d)).sqrt().item()  # type: ignore[union-attr]
             rate = rate or 5e-4 * size
-            limit = rate * (1.12 ** (4 if step else 1) if settled < 3 else 1)
+            limit = rate * (1.09 ** (4 if step else 1) if settled < 3 else 1)
             if curvature > 0:
                 numerator, denominator = 0.9 * numerator + 0.1 * slope, 0.9 * denominator + 0.1 * curvature
                 target = min(numerator / denominator, 0.1 * size)
