@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 from gen_dist import sharding
 from gen_dist.collectives import Ranks
 from gen_dist.sharding import DTensor, Layout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["check_in_sync"]
 
@@ -113,45 +117,57 @@ def _tensors(layout: Layout, ranks: Ranks, optimizer: Optimizer) -> Iterator[Hel
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"parameter {j} of group {i}")
+    holders = Holders(layout, ranks)
     for parameter, name in names.items():
-        holders, counting = _holders(parameter, layout, ranks)
-        yield Held(name, parameter, holders)
+        of_parameter = holders.of(parameter)
+        yield Held(name, parameter, of_parameter)
         state = optimizer.state.get(parameter, {})
         for key in sorted(state, key=str):
             for index, value in enumerate(tree_leaves(state[key])):
                 what = f"the state {key!r} of {name}" + f", its value {index}" * (index > 0)
                 if isinstance(value, DTensor):
-                    yield Held(what, value, _holders(value, layout, ranks)[0])
+                    yield Held(what, value, holders.of(value))
                 elif isinstance(value, Tensor | Number):
-                    value = value if isinstance(value, Tensor) else repr(value)
-                    yield Held(what, value, counting if key == "step" else holders)
+                    counted = holders.counting(parameter) if key == "step" else of_parameter
+                    yield Held(what, value if isinstance(value, Tensor) else repr(value), counted)
 
 
-def _holders(tensor: Tensor, layout: Layout, ranks: Ranks) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ranks that hold the same part of a tensor as this one does, and those that count its steps alike."""
-    here = (ranks.rank,)
-    if isinstance(tensor, DTensor):
-        mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+class Holders:
+    """Which ranks of the group, this one among them, hold the same part of a tensor as this one does."""
+
+    def __init__(self, layout: Layout, ranks: Ranks) -> None:
+        self.layout = layout
+        self.here, self.everyone = (ranks.rank,), tuple(range(ranks.size))
+        self.numbers = {rank: number for number, rank in enumerate(dist.get_process_group_ranks(ranks.group))}
+        self.of_mesh = functools.cache(self._of_mesh)
+
+    def of(self, tensor: Tensor) -> tuple[int, ...]:
+        if isinstance(tensor, DTensor):
+            return self.of_mesh(tensor.device_mesh, tuple(p.is_replicate() for p in tensor.placements))
+        if id(tensor) not in self.layout.flat:
+            return self.everyone
+        unit = self.layout.flat[id(tensor)]  # of FSDP1
+        if not unit._handle.uses_sharded_strategy:
+            return self._in_group(dist.get_process_group_ranks(unit.process_group))
+        if "HYBRID" not in unit.sharding_strategy.name:
+            return self.here
+        return self._in_group(dist.get_process_group_ranks(unit._inter_node_pg))
+
+    def counting(self, parameter: Tensor) -> tuple[int, ...]:
+        """The ranks that count the steps of a parameter alike: of FSDP1 those alone that have a piece of it."""
+        if isinstance(parameter, DTensor):
+            return self.of_mesh(parameter.device_mesh, (True,) * parameter.device_mesh.ndim)
+        return self.of(parameter)
+
+    def _of_mesh(self, mesh: DeviceMesh, replicated: tuple[bool, ...]) -> tuple[int, ...]:
+        place = mesh.get_coordinate()
         if place is None:
-            return here, here
-        index = [slice(None) if p.is_replicate() else at for p, at in zip(tensor.placements, place, strict=True)]
-        return _in_group(mesh.mesh[tuple(index)].flatten().tolist(), ranks), _in_group(
-            mesh.mesh.flatten().tolist(), ranks
-        )
-    if id(tensor) in layout.flat:  # FSDP1, where a rank without a piece of a parameter has no state of it either
-        unit = layout.flat[id(tensor)]
-        if unit._handle.uses_sharded_strategy and "HYBRID" not in unit.sharding_strategy.name:
-            return here, here
-        group = unit._inter_node_pg if unit._handle.uses_sharded_strategy else unit.process_group
-        same = _in_group(dist.get_process_group_ranks(group), ranks)
-        return same, same
-    return (everyone := tuple(range(ranks.size))), everyone
+            return self.here
+        index = tuple(slice(None) if same else at for same, at in zip(replicated, place, strict=True))
+        return self._in_group(mesh.mesh[index].flatten().tolist())
 
-
-def _in_group(world: list[int], ranks: Ranks) -> tuple[int, ...]:
-    """Ranks of the world as numbered in the group; this rank among them."""
-    numbers = {rank: number for number, rank in enumerate(dist.get_process_group_ranks(ranks.group))}
-    return tuple(sorted(numbers[rank] for rank in world if rank in numbers))
+    def _in_group(self, world: list[int]) -> tuple[int, ...]:
+        return tuple(sorted(self.numbers[rank] for rank in world if rank in self.numbers))
 
 
 # ------------------------------------------------------------------------------------------------------ hashes
@@ -171,12 +187,13 @@ def _hashes(values: list[Tensor | str]) -> Tensor:
 
 
 def _of_tensor(tensor: Tensor, factors: Tensor) -> Tensor:
-    """`sum_i f_i b_i` modulo 2^64 over the bits `b_i` of each element, with odd `f_i`: no change of one goes unseen."""
+    """From `sum_i f_i b_i` modulo 2^64 over the bits `b_i` of each element, `f_i` odd: no change of one goes unseen."""
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = tensor.flatten().view(BITS[tensor.element_size()])
-    chunks = [(chunk * factors[: len(chunk)]).sum() for chunk in bits.split(CHUNK)]
-    return (torch.stack(chunks) * _odd(len(chunks), tensor.device)).sum() + len(bits) + 1
+    # of 64 bits the highest alone would leave just one in the sum
+    chunks = [((_fold(c) if c.dtype == torch.int64 else c) * factors[: len(c)]).sum() for c in bits.split(CHUNK)]
+    return _mix((_mix(torch.stack(chunks)) * _odd(len(chunks), tensor.device)).sum() + len(bits) + 1)
 
 
 def _of_text(text: str) -> int:
@@ -191,5 +208,9 @@ def _odd(count: int, device: torch.device) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """Scramble int64 one to one, after splitmix64, so that differences do not cancel in a sum."""
     for factor in (0x2545F4914F6CDD1D, 0x5851F42D4C957F2D):
-        x = (x ^ ((x >> 32) & HALF)) * factor
+        x = _fold(x) * factor
+    return _fold(x)
+
+
+def _fold(x: Tensor) -> Tensor:
     return x ^ ((x >> 32) & HALF)

@@ -1,0 +1,280 @@
+"""`check_in_sync`: one flipped bit on one rank is named on all of them, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import Pool
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import gen_dist as gen
+from gen_dist import drift
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Network(nn.Module):
+    """Widths that no number of ranks divides, a weight without dimensions, one that is frozen, one in bfloat16."""
+
+    def __init__(self, half: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.second = nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.tensor(1.0) if half else torch.ones(1))
+        self.shift = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16 if half else torch.float32))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x * self.frozen))) * self.scale + self.shift.float()
+
+
+def distributed(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = Network(half=kind in ("replica", "ddp"))
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if kind in ("fsdp2", "hsdp"):
+        shape = (2, 2) if kind == "hsdp" else (dist.get_world_size(),)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+        for module in (model.first, model):
+            fully_shard(module, mesh=mesh)
+    return model
+
+
+class Training:
+    """A model in training, each rank on data of its own."""
+
+    def __init__(self, kind: str, make: Any = gen.GenScheduler, **options: Any) -> None:
+        self.model = distributed(kind)
+        self.optimizer = gen.make_gen_optimizer(torch.optim.AdamW, self.model.parameters(), lr=1e-2)
+        self.scheduler = make(self.optimizer, self.model, nn.functional.cross_entropy, lr_max=0.1, **options)
+        self.generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step(self) -> None:
+        x = torch.randn(6, 3, generator=self.generator)
+        y = torch.randint(0, 2, (6,), generator=self.generator)
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x), y).backward()
+        self.scheduler.step(x, y)
+        self.optimizer.step()
+
+    def complaint(self) -> str:
+        try:
+            self.scheduler.check_in_sync()
+        except RuntimeError as error:
+            return str(error)
+        return "none"
+
+
+def flip(tensor: Tensor, place: int = -1, bit: int = 0) -> None:
+    part = tensor.detach()
+    part = part.to_local() if hasattr(part, "to_local") else part
+    part.view(-1).view(INTEGERS[part.element_size()])[place] ^= 1 << bit
+
+
+def flip_in(training: Training, what: str, key: str = "") -> None:
+    parameter = dict(training.model.named_parameters())[what]
+    flip(training.optimizer.state[parameter][key] if key else parameter)
+
+
+# ---------------------------------------------------------------------------------------------- no false alarm
+
+
+def ten_steps(kind: str, automatic: bool) -> list[tuple[str, int]]:
+    """The collectives, with their bytes, of a check after ten steps that were each checked."""
+    make: Any = gen.AutoGen if automatic else gen.GenScheduler
+    training = Training(kind, make, check_every=1)
+    if kind != "fsdp1":  # it has its shards from the first forward pass on
+        training.scheduler.check_in_sync()
+    for _ in range(10):
+        training.step()
+    calls: list[tuple[str, int]] = []
+
+    def record(name: str) -> Any:
+        function = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args[0].nbytes if isinstance(args[0], Tensor) else 0))
+            return function(*args, **kwargs)
+
+        return patch.object(dist, name, call)
+
+    with record("all_reduce"), record("all_gather_object"), record("all_gather"), record("broadcast"):
+        training.scheduler.check_in_sync()
+    return calls
+
+
+@pytest.mark.parametrize("automatic", [False, True], ids=["raw", "auto"])
+@pytest.mark.parametrize("kind", ["replica", "ddp", "fsdp1", "fsdp2", "hsdp"])
+@pytest.mark.timeout(60)
+def test_ranks_in_sync_cost_one_small_reduction(pool: Callable[[int], Pool], kind: str, automatic: bool) -> None:
+    assert pool(4).run(ten_steps, kind, automatic) == [[("all_reduce", 16)]] * 4
+
+
+def test_one_process_is_in_sync_with_itself() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
+    gen.GenScheduler(optimizer, model).check_in_sync()
+
+
+# ------------------------------------------------------------------------------------------------- a flipped bit
+
+
+def after_a_flip(kind: str, what: str, key: str, where: int) -> str:
+    training = Training(kind)
+    training.step()
+    training.step()
+    if dist.get_rank() == where:
+        flip_in(training, what, key)
+    found = training.complaint()
+    assert training.complaint() == found, "the check itself changes nothing"
+    return found
+
+
+CASES = [
+    ("replica", "second.weight", "", "second.weight"),
+    ("replica", "scale", "", "scale"),
+    ("replica", "shift", "", "shift"),
+    ("replica", "frozen", "", "frozen"),
+    ("replica", "first.bias", "exp_avg", "the state 'exp_avg' of first.bias"),
+    ("replica", "shift", "exp_avg_sq", "the state 'exp_avg_sq' of shift"),
+    ("replica", "scale", "step", "the state 'step' of scale"),
+    ("ddp", "module.first.weight", "", "module.first.weight"),
+    ("ddp", "module.scale", "exp_avg", "the state 'exp_avg' of module.scale"),
+    ("fsdp2", "first.weight", "step", "the state 'step' of first.weight"),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "key", "named"), CASES)
+@pytest.mark.timeout(60)
+def test_one_bit_on_one_rank_is_named_on_all(
+    pool: Callable[[int], Pool], kind: str, what: str, key: str, named: str
+) -> None:
+    said = pool(4).run(after_a_flip, kind, what, key, 1)
+    assert set(said) == {
+        f"the ranks have drifted apart: {named} on rank 1 is not what it is on the 3 others. "
+        "Load the last checkpoint that was good on all ranks."
+    }
+
+
+@pytest.mark.parametrize(("key", "named"), [("", "second.weight"), ("exp_avg", "the state 'exp_avg' of second.weight")])
+@pytest.mark.timeout(60)
+def test_shards_are_compared_between_the_replicas_of_a_mesh(pool: Callable[[int], Pool], key: str, named: str) -> None:
+    for said in pool(4).run(after_a_flip, "hsdp", "second.weight", key, 3):
+        assert f"{named} on rank 3 is not what it is on rank 1, and no majority" in said
+
+
+def test_a_shard_that_no_other_rank_holds_cannot_be_compared(pool: Callable[[int], Pool]) -> None:
+    assert pool(4).run(after_a_flip, "fsdp2", "first.weight", "", 1) == ["none"] * 4
+
+
+def other_numbers(kind: str) -> list[str]:
+    """A rate that differs in its last bit, and then a count of steps."""
+    training, here = Training(kind), dist.get_rank() == 2
+    training.step()
+    training.scheduler._history = training.scheduler._history._replace(rate=0.25 + here)
+    history = training.complaint()
+    rate = torch.tensor(training.optimizer.param_groups[0]["lr"], dtype=torch.float64)
+    if here:
+        flip(rate)
+    training.optimizer.param_groups[0]["lr"] = rate.item()
+    return [history, training.complaint()]
+
+
+@pytest.mark.parametrize("kind", ["replica", "fsdp2"])
+@pytest.mark.timeout(60)
+def test_a_rate_or_history_that_differs_is_named(pool: Callable[[int], Pool], kind: str) -> None:
+    for history, rate in pool(4).run(other_numbers, kind):
+        assert "the scheduler's history on rank 2 is not what it is on the 3 others" in history
+        assert "the learning rate on rank 2 is not what it is on the 3 others (the first of 2 differences)" in rate
+
+
+# ------------------------------------------------------------------------------------------------- in training
+
+
+def raises_in_training(every: int) -> tuple[int, str, bool]:
+    """The step that raises after a bit flipped in the first, what it says, and whether it has changed nothing."""
+    training = Training("replica", check_every=every)
+    for step in range(8):
+        before = training.scheduler.state_dict()
+        try:
+            training.step()
+        except RuntimeError as error:
+            return step, str(error), training.scheduler.state_dict() == before
+        if step == 0 and dist.get_rank() == 0:
+            flip_in(training, "second.bias")
+    return -1, "", False
+
+
+@pytest.mark.parametrize(("every", "at"), [(1, 1), (3, 3), (0, -1)])
+@pytest.mark.timeout(60)
+def test_a_check_after_every_so_many_steps(pool: Callable[[int], Pool], every: int, at: int) -> None:
+    for step, said, unchanged in pool(4).run(raises_in_training, every):
+        assert step == at
+        if every == 1:
+            assert "second.bias on rank 0 is not what it is on the 3 others" in said
+        assert unchanged == (every > 0)
+
+
+def test_check_every_is_a_number_of_steps() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="check_every must be a whole number of steps, 0 for never, got -1"):
+        gen.GenScheduler(optimizer, model, check_every=-1)
+
+
+# --------------------------------------------------------------------------------------------------- the hash
+
+
+def hash_of(tensor: Tensor) -> int:
+    return int(drift._hashes([tensor])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_hash_sees_every_bit(dtype: torch.dtype) -> None:
+    tensor = torch.randn(7).to(dtype)
+    seen = {hash_of(tensor)}
+    for place in range(7):
+        for bit in range(tensor.element_size() * 8 - 1):
+            flip(tensor, place, bit)
+            seen.add(hash_of(tensor))
+            flip(tensor, place, bit)
+    assert len(seen) == 1 + 7 * (tensor.element_size() * 8 - 1)
+
+
+def test_the_hash_sees_places_across_its_chunks() -> None:
+    tensor = torch.zeros(2 * drift.CHUNK + 3)
+    seen = set()
+    for place in (0, 1, drift.CHUNK - 1, drift.CHUNK, 2 * drift.CHUNK, -1):
+        tensor[place] = 1
+        seen.add(hash_of(tensor))
+        tensor[place] = 0
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(1.5),
+        torch.zeros(0),
+        torch.tensor([True, False]),
+        torch.tensor([1 + 2j]),
+        torch.randn(4, 4).t()[1:],
+        torch.eye(3).to_sparse(),
+    ],
+    ids=["no dimensions", "empty", "boolean", "complex", "strided", "sparse"],
+)
+def test_the_hash_takes_any_tensor(tensor: Tensor) -> None:
+    assert hash_of(tensor) == hash_of(tensor.clone())
+    if tensor.numel():
+        assert hash_of(tensor) != hash_of(torch.zeros_like(tensor))
