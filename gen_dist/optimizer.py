@@ -107,6 +107,16 @@ class GenOptimizer(Optimizer):
         """Drop the held direction."""
         self._direction = None
 
+    def keep_state(self) -> Callable[[], None]:
+        """Copy the state; returns what puts it back."""
+        kept = {parameter: copy.deepcopy(state) for parameter, state in self.state.items()}
+
+        def put_back_state() -> None:
+            self.state.clear()
+            self.state.update(kept)
+
+        return put_back_state
+
     @property
     def direction(self) -> Direction | None:
         """The held direction."""
@@ -231,17 +241,6 @@ def measure_direction(optimizer: Optimizer) -> Direction:
                 torch._foreach_div_(updates, _trial_rate(groups[index]))
                 direction.append(GroupDirection(index, ratio, parameters, list(updates)))
     return direction
-
-
-def keep_state(optimizer: Optimizer) -> Callable[[], None]:
-    """Copy the optimizer's state; returns what puts it back."""
-    kept = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-
-    def put_back_state() -> None:
-        optimizer.state.clear()
-        optimizer.state.update(kept)
-
-    return put_back_state
 
 
 def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:

@@ -21,7 +21,7 @@ from gen_dist.curvature import estimator
 from gen_dist.group_rates import GroupHistory, decide_ratios, measure_system
 from gen_dist.line import Line
 from gen_dist.measurement import Measurement, Request, gradients_are_finite, losses_together, measure
-from gen_dist.optimizer import Direction, GenOptimizer, keep_state, rate_ratios, set_rate
+from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
 from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, SHORTENED, Auto, Decision, History, Raw, Rule
 from gen_dist.sharding import Layout
 from gen_dist.signal import check_optimizer, gradient_noise
@@ -231,7 +231,7 @@ class GenScheduler(LRScheduler):
         The optimizer's state is kept where closures run, the user's code, which may fail at any time; a model has just
         run on the same batch, and a copy of the state costs as much memory as the state.
         """
-        restore = keep_state(self.optimizer) if any(batch.closure is not None for batch in slices) else None
+        restore = self.optimizer.keep_state() if any(batch.closure is not None for batch in slices) else None
         before = self._history, self._groups, self._shortened, self._probe, self._updates, self._updated_at, self.last
         try:
             yield
@@ -572,7 +572,7 @@ def _check_arguments(
     check_every: Any,
 ) -> None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
-        raise TypeError(f"{type(optimizer).__name__} is a trainer's wrapper around an optimizer: pass its .optimizer")
+        raise TypeError(f"{type(optimizer).__name__} wraps an optimizer: pass optimizer.optimizer")
     if not isinstance(optimizer, GenOptimizer):
         if isinstance(optimizer, Optimizer):
             name = type(optimizer).__name__

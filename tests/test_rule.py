@@ -152,7 +152,7 @@ def test_auto_refuses_what_makes_no_sense(wrong: dict[str, float]) -> None:
 
 
 def test_auto_settles_at_its_cap_and_then_wants_fewer_updates() -> None:
-    rule, history = Auto(start=0.01, cap=0.02, settled_stride=3), History(0.0)
+    rule, history = Auto(start=0.01, cap=0.02, growth=1.2, settled_stride=3), History(0.0)
     strides = []
     for _ in range(5):
         strides.append(rule.stride(history))

@@ -61,3 +61,12 @@ class JointOptimizer(GenOptimizer):
     def reset(self) -> None:
         for optimizer in self.optimizers:
             optimizer.reset()
+
+    def keep_state(self) -> Callable[[], None]:
+        restores = [optimizer.keep_state() for optimizer in self.optimizers]
+
+        def put_back_state() -> None:
+            for restore in restores:
+                restore()
+
+        return put_back_state
