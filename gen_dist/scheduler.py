@@ -142,6 +142,7 @@ class GenScheduler(LRScheduler):
             _check_replicas(self.layout, weights)
         self.average = AveragedWeights(self.layout, weights) if average else None
         self._step_pending = False  # whether an optimizer step is to be taken into the average
+        self._direction_loaded = False  # whether the state loaded since the last step came with a held direction
         self._warned = False
 
     @whole
@@ -217,6 +218,7 @@ class GenScheduler(LRScheduler):
         stride = self.update_every * self.rule.stride(self._history)
         due = self.last_epoch % stride == 0 or not self._history.started
         self._adopt_new_groups()
+        self._direction_loaded = False
         if self.average is not None and self._step_pending:
             self.average.update()
             self._step_pending = False
@@ -412,10 +414,14 @@ class GenScheduler(LRScheduler):
             "last": None if self.last is None else tuple(self.last),
             "average": None if self.average is None else self.average.state_dict(),
             "step_pending": self._step_pending,
+            "direction_held": self._direction_loaded or self.optimizer.direction is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict()` returned. The optimizer's own state holds the rates in its groups."""
+        """Go on from what `state_dict()` returned.
+
+        The optimizer's own state holds the rates in its groups, and the direction if one was held: load it first.
+        """
         self.last_epoch = int(state_dict["last_epoch"])
         self._history = History(*state_dict["history"])
         self._updated_at = int(state_dict["updated_at"])
@@ -428,6 +434,12 @@ class GenScheduler(LRScheduler):
         self._groups = None if state_dict["groups"] is None else GroupHistory(*state_dict["groups"])
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
+        self._direction_loaded = bool(state_dict["direction_held"])
+        if self._direction_loaded and self.optimizer.direction is None:
+            logger.warning(
+                "this state was saved between scheduler.step() and optimizer.step(), and the optimizer does not hold "
+                "the direction of that step: load its state first; without the direction, the step is lost."
+            )
 
     def __repr__(self) -> str:
         return (
