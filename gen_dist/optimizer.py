@@ -125,9 +125,9 @@ class GenOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; while a direction is held, with the direction as part of each parameter's state.
 
-        So a checkpoint between `scheduler.step()` and `optimizer.step()` loses nothing: after loading it,
-        `optimizer.step()` comes next. `torch.distributed.checkpoint` fills in what is there: to load such a checkpoint
-        with it, let this optimizer hold a direction beforehand, any, by `compute_param_updates()`.
+        After loading such a checkpoint, from between `scheduler.step()` and `optimizer.step()`, `optimizer.step()`
+        comes next. `torch.distributed.checkpoint` fills in what is there: to load one with it, let this optimizer hold
+        a direction beforehand, any, by `compute_param_updates()`.
         """
         packed = super().state_dict()
         if self._direction is None:
