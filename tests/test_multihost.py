@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import multihost_hosts
@@ -31,10 +32,14 @@ def torchrun(hosts: Hosts, port: int, ranks: int = 1) -> list[str]:
             "--rdzv_backend=c10d", f"--rdzv_endpoint=host0:{port}", "--rdzv_conf=read_timeout=20"]  # fmt: skip
 
 
-def wait(processes: list[subprocess.Popen[str]], seconds: float) -> list[int]:
-    """The exit codes; an error if one takes longer."""
+def wait(processes: list[subprocess.Popen[str]], seconds: float, outputs: Iterable[Path]) -> list[int]:
+    """The exit codes; fails, with what was said, if one takes longer."""
     deadline = time.monotonic() + seconds
-    return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in processes]
+    try:
+        return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        said = "\n".join(output.read_text()[-5000:] for output in outputs)
+        raise AssertionError(f"not ended after {seconds} s: {error.cmd[-3:]}\n{said}") from None
 
 
 def train_on(hosts: Hosts, ranks: int, command: list[str], folder: Path, **variables: str) -> str:
@@ -42,7 +47,7 @@ def train_on(hosts: Hosts, ranks: int, command: list[str], folder: Path, **varia
     outputs = [folder / f"host{host}" for host in range(hosts.size)]
     command = [*command, PROGRAM, "train", str(folder)]
     running = [hosts.start(host, command, ENVIRONMENT | variables, outputs[host]) for host in range(hosts.size)]
-    codes = wait(running, 75)
+    codes = wait(running, 75, outputs)
     assert codes == [0] * hosts.size, "\n".join(output.read_text() for output in outputs)
     oracle = expected("adamw")
     for kind in ("ddp", "fsdp2"):
@@ -85,7 +90,7 @@ def test_a_cable_pulled_ends_all_processes(tmp_path: Path) -> None:
             time.sleep(0.1)
         hosts.cut(1)
         start = time.monotonic()
-        codes = wait(running, 60)
+        codes = wait(running, 60, outputs.values())
         print(f"all ended {time.monotonic() - start:.0f} s after the cable was pulled")
         assert 0 not in codes
         assert hosts.processes() == []
@@ -100,7 +105,7 @@ def test_on_a_slow_wire_an_update_costs_one_reduction(tmp_path: Path) -> None:
         outputs = [tmp_path / f"host{host}" for host in range(2)]
         command = [*torchrun(hosts, 29400), PROGRAM, "delay", str(tmp_path)]
         running = [hosts.start(host, command, ENVIRONMENT, outputs[host]) for host in range(2)]
-        assert wait(running, 55) == [0, 0], "\n".join(output.read_text() for output in outputs)
+        assert wait(running, 55, outputs) == [0, 0], "\n".join(output.read_text() for output in outputs)
     found = torch.load(tmp_path / "cost.pt")
     reduction = found["all_reduce"]
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found.items()))
