@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from checkpoints import settings_of
 from data import Dataset, MissingDataError, load
 from ranks import Ranks
 
@@ -110,6 +111,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the weights and of the order of the data (default: %(default)s)",
     )
+    add("--checkpoint", type=Path, metavar="DIR", help="folder to save the run in, and to go on from if it is there")
+    add("--checkpoint-every", type=int, default=50, help="steps between two checkpoints (default: %(default)s)")
     add("--output", type=Path, help="folder of metrics.jsonl and training.png (default: runs/NAME)")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw training.png at the end")
     add("--check", action="store_true", help="look at the arguments and the data, say so, and stop")
@@ -135,6 +138,15 @@ def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
     )
 
 
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must stay as it is when a run goes on."""
+    return {name: getattr(arguments, name) for name in ("model", "data", "optimizer", "rule", "batch_size", "seed")}
+
+
+def option(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def complete(arguments: argparse.Namespace, **defaults: Any) -> None:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -156,11 +168,15 @@ def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
         yield f"--lr-min {a.lr_min:g} --lr-max {a.lr_max:g}: need 0 <= lr-min <= lr-max"
     if not 0 < a.lr < math.inf:
         yield f"--lr {a.lr:g}: need a positive rate"
-    for name in ("epochs", "batch_size", "update_every"):
+    for name in ("epochs", "batch_size", "update_every", "checkpoint_every"):
         if getattr(a, name) < 1:
-            yield f"--{name.replace('_', '-')} {getattr(a, name)}: need at least 1"
+            yield f"--{option(name)} {getattr(a, name)}: need at least 1"
     if a.batch_size % ranks.size:
         yield f"--batch-size {a.batch_size} does not divide into equal slices for {ranks.size} ranks"
+    if a.checkpoint is not None:
+        for name, value in settings_of(a.checkpoint).items():
+            if getattr(a, name) != value:
+                yield f"--checkpoint {a.checkpoint} holds a run with --{option(name)} {value}, not {getattr(a, name)}"
     if a.output.exists() and not a.output.is_dir():
         yield f"--output {a.output}: a file of this name exists"
     if a.plot and importlib.util.find_spec("matplotlib") is None:

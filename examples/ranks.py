@@ -49,11 +49,23 @@ class Ranks:
             return
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self._store(), rank=self.rank, world_size=self.size)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+    def _store(self) -> dist.Store:
+        """Where the ranks find each other. torchrun keeps one store over its restarts, with the addresses of ranks
+        that are gone (pytorch issue 135712): after a restart, look elsewhere in it.
+
+        Only torchrun on one machine counts its restarts alike for all ranks; on several set
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        """
+        store, *_ = next(dist.rendezvous("env://"))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
+        return dist.PrefixStore(f"restart {restart}", store)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks, on each of them; in place."""

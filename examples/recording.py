@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from ranks import Ranks
@@ -23,19 +24,22 @@ LINE_POINTS = 21
 class Recorder:
     """Follows a run step by step. All ranks call it, and rank 0 writes."""
 
-    def __init__(self, scheduler: gen.GenScheduler, output: Path, steps: int, ranks: Ranks) -> None:
+    def __init__(self, scheduler: gen.GenScheduler, output: Path, steps: int, ranks: Ranks, done: int = 0) -> None:
+        """Of `steps` steps, `done` were taken before, and their records are kept."""
         self.scheduler = scheduler
         self.output = output
         self.ranks = ranks
+        self.step = done
         self.records: list[dict[str, Any]] = []
         self.lines: list[Line] = []
-        self._lines_due = [0, steps // 3, 9 * steps // 10]
+        self._lines_due = [step for step in (0, steps // 3, 9 * steps // 10) if step >= done]
         self._seen = scheduler.last
         self._seconds: defaultdict[str, float] = defaultdict(float)
         if ranks.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            self._file = (output / "metrics.jsonl").open("w", buffering=1)
-        self._bar = tqdm(total=steps, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
+            self._file = (output / "metrics.jsonl").open("a+", buffering=1)
+            self.records = keep_records(self._file, done)
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -64,7 +68,7 @@ class Recorder:
     ) -> None:
         """At three steps of a run, looks along the direction that the optimizer holds."""
         last = self.scheduler.last
-        due = self._lines_due and len(self.records) >= self._lines_due[0]
+        due = self._lines_due and self.step >= self._lines_due[0]
         if not due or last is None or last is self._seen or last.reason not in ("accepted", "clamped"):
             return
         self._lines_due.pop(0)
@@ -72,7 +76,7 @@ class Recorder:
         losses = gen.loss_per_learning_rate(model, criterion, optimizer, x, y, rates)
         self.lines.append(
             Line(
-                step=len(self.records) + 1,
+                step=self.step + 1,
                 learning_rates=rates,
                 losses=losses.tolist(),
                 parabola=[last.loss - last.numerator * a + last.denominator * a**2 / 2 for a in rates],
@@ -84,6 +88,7 @@ class Recorder:
         """Ends a step: one object in metrics.jsonl, and the bar moves on."""
         record = self._record(self.ranks.mean(loss))
         self.records.append(record)
+        self.step += 1
         self._seen = self.scheduler.last
         self._seconds.clear()
         if self.ranks.rank == 0:
@@ -95,7 +100,7 @@ class Recorder:
         last = self.scheduler.last
         update = last if last is not self._seen else None
         return {
-            "step": len(self.records) + 1,
+            "step": self.step + 1,
             "loss": loss,
             "lr": self.scheduler.get_last_lr()[0],
             "lr_min": self.scheduler.lr_min,
@@ -107,6 +112,11 @@ class Recorder:
             "scheduler_seconds": self._seconds["scheduler"],
         }
 
+    def sync(self) -> None:
+        """Waits until the records are on the disk, as those of a checkpoint's steps have to be."""
+        if self.ranks.rank == 0:
+            os.fsync(self._file.fileno())
+
     def announce(self, result: str) -> None:
         """Shows the latest evaluation beside the bar."""
         self._bar.set_description(result)
@@ -117,6 +127,20 @@ class Recorder:
         if self.ranks.rank == 0:
             training_figure(self.records, self.lines).savefig(path, dpi=150)
         return path
+
+
+def keep_records(file: TextIO, done: int) -> list[dict[str, Any]]:
+    """The records of the first `done` steps; what follows them, steps that will be taken again, is cut off."""
+    file.seek(0)
+    records: list[dict[str, Any]] = []
+    end = 0
+    while len(records) < done and (line := file.readline()).endswith("\n"):
+        records.append(json.loads(line))
+        end = file.tell()
+    file.truncate(end)
+    for record in records:
+        record["loss"] = math.nan if record["loss"] is None else record["loss"]
+    return records
 
 
 def closing_line(records: list[dict[str, Any]], steps_per_epoch: int, result: str) -> str:

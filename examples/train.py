@@ -7,11 +7,13 @@ torchrun --standalone --nproc_per_node=2 examples/train.py --parallel fsdp2 --op
 import math
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from arguments import RECIPES, SCHEDULERS, parse
+from arguments import RECIPES, SCHEDULERS, parse, settings
+from checkpoints import Checkpoints, Training
 from data import CONTEXT, Dataset, evaluation_batches, training_batches
 from models import CNN, GPT, MLP
 from ranks import Ranks
@@ -62,11 +64,19 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
     )
 
     steps_per_epoch = len(dataset.train_x) // arguments.batch_size
-    with Recorder(scheduler, arguments.output, arguments.epochs * steps_per_epoch, ranks) as recorder:
-        for epoch in range(arguments.epochs):
-            for x, y in training_batches(
+    steps, done, checkpoints = arguments.epochs * steps_per_epoch, 0, None
+    if arguments.checkpoint is not None:
+        training = Training(model, optimizer, scheduler)
+        checkpoints = Checkpoints(arguments.checkpoint, training, settings(arguments), ranks)
+        done = checkpoints.resume()
+
+    result = ""
+    with Recorder(scheduler, arguments.output, steps, ranks, done) as recorder:
+        for epoch in range(done // steps_per_epoch, arguments.epochs):
+            batches = training_batches(
                 dataset, arguments.batch_size, epoch, seed=arguments.seed, rank=ranks.rank, ranks=ranks.size
-            ):
+            )
+            for x, y in islice(batches, max(0, done - epoch * steps_per_epoch), None):
                 with recorder.timed("training"):
                     optimizer.zero_grad()
                     loss = criterion(model(x), y)
@@ -77,11 +87,14 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
                 with recorder.timed("training"):
                     optimizer.step()
                 recorder.write(loss)
+                if checkpoints and (recorder.step % arguments.checkpoint_every == 0 or recorder.step == steps):
+                    recorder.sync()
+                    checkpoints.save(recorder.step)
             with readout(scheduler, dataset, ranks):
                 result = describe(evaluate(model, dataset, ranks), arguments.model)
             recorder.announce(result)
 
-    if ranks.rank == 0:
+    if ranks.rank == 0 and result:  # otherwise there was nothing left to do
         print(closing_line(recorder.records, steps_per_epoch, result))
         if arguments.plot:
             print(recorder.draw().resolve())

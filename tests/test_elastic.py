@@ -1,0 +1,198 @@
+"""The main job stopped, killed, its checkpoints damaged: it ends as the job that nothing happened to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
+ELASTIC = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3", "--nproc_per_node=2"]
+KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 3))
+LIMIT = 100  # seconds for a run
+
+MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every", "5"]  # 22 steps an epoch
+
+
+@contextlib.contextmanager
+def started(*arguments: str, cwd: Path, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """The job in a session of its own, of which nothing is left afterwards."""
+    command = [sys.executable, *(ELASTIC if ranks > 1 else []), str(TRAIN), *arguments]
+    with (cwd / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+    workers: set[int] = set()
+    try:
+        yield process
+    finally:
+        workers |= set(workers_of(process.pid).values())
+        for pid in [process.pid, *workers]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def run(*arguments: str, cwd: Path, ranks: int = 1) -> str:
+    with started(*arguments, cwd=cwd, ranks=ranks) as process:
+        said, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, (cwd / "errors.txt").read_text()
+    return said
+
+
+def workers_of(launcher: int) -> dict[int, int]:
+    """The ranks that torchrun started, and their process ids."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
+            found |= {int(rank): int(pid) for rank in ranks}
+    return found
+
+
+def trace(folder: Path) -> list[tuple[Any, ...]]:
+    """All of a run but the time it took."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [tuple(v for key, v in json.loads(line).items() if "seconds" not in key) for line in lines]
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# ------------------------------------------------------------------------------------------------ killed ranks
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(*MLP, "--epochs", "4", "--output", "out", cwd=folder, ranks=2)
+    return trace(folder / "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in Linux's /proc")
+@pytest.mark.parametrize("seed", range(KILLED_RUNS))
+def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list[tuple[Any, ...]], seed: int) -> None:
+    draw = random.Random(seed)
+    arguments = [*MLP, "--epochs", "4", "--output", "out", "--checkpoint", "saved"]
+    metrics, killed = tmp_path / "out" / "metrics.jsonl", {0}
+    with started(*arguments, cwd=tmp_path, ranks=2) as process:
+        for step in sorted(draw.sample(range(1, 80), k=1 + seed % 2)):  # restarts are limited
+            rank, moment = draw.randrange(2), draw.uniform(0, 0.03)
+            while lines_in(metrics) < step or workers_of(process.pid).get(rank, 0) in killed:
+                assert process.poll() is None, "the run ended too early"
+                time.sleep(0.002)
+            time.sleep(moment)
+            workers = workers_of(process.pid)
+            os.kill(workers[rank], signal.SIGKILL)
+            killed |= set(workers.values())
+        said, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, (tmp_path / "errors.txt").read_text()
+    assert trace(tmp_path / "out") == undisturbed, said
+    assert not list((tmp_path / "saved").glob("*.partial"))
+
+
+# --------------------------------------------------------------------------------------- stopped and gone on
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Any, ...]]]:
+    """The folder of a run of one epoch, with checkpoints, and the trace of one of two epochs."""
+    folder = tmp_path_factory.mktemp("halves")
+    run(*MLP, "--epochs", "2", "--output", "whole", cwd=folder)
+    run(*MLP, "--epochs", "1", "--output", "out", "--checkpoint", "saved", cwd=folder)
+    return folder, trace(folder / "whole")
+
+
+GO_ON = [*MLP, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]) -> None:
+    shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
+    assert "checkpoint saved/step-00000022: going on from it" in run(*GO_ON, cwd=tmp_path)
+    assert trace(tmp_path / "out") == halves[1]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-00000040", "step-00000044"]
+
+
+def truncate(newest: Path) -> None:
+    data = next(newest.glob("*.distcp"))
+    os.truncate(data, data.stat().st_size // 2)
+
+
+def flip_a_bit(newest: Path) -> None:
+    data = next(newest.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def lose_a_file(newest: Path) -> None:
+    next(newest.glob("*.distcp")).unlink()
+
+
+def lose_the_manifest(newest: Path) -> None:
+    (newest / "manifest.json").unlink()
+
+
+def leave_it_partial(newest: Path) -> None:
+    newest.rename(newest.with_name(newest.name + ".partial"))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, leave_it_partial])
+def test_a_damaged_checkpoint_is_skipped(
+    tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]], damage: Callable[[Path], None]
+) -> None:
+    shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "saved" / "step-00000022")
+    skipped, good = run(*GO_ON, cwd=tmp_path).splitlines()[:2]
+    assert skipped.startswith("checkpoint saved/step-00000022")
+    assert "skipped, it" in skipped
+    assert good == "checkpoint saved/step-00000020: going on from it"
+    assert trace(tmp_path / "out") == halves[1]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-00000040", "step-00000044"]
+
+
+def test_it_begins_anew_where_no_checkpoint_is_whole(
+    tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]
+) -> None:
+    shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
+    for checkpoint in (tmp_path / "saved").iterdir():
+        truncate(checkpoint)
+    run(*GO_ON, cwd=tmp_path)
+    assert trace(tmp_path / "out") == halves[1]
+
+
+@pytest.mark.parametrize("parallel", ["replica", "fsdp2"])
+def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]], parallel: str) -> None:
+    shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
+    run(*GO_ON, "--parallel", parallel, cwd=tmp_path, ranks=2)
+    seen, expected = trace(tmp_path / "out"), halves[1]
+    assert [record[0] for record in seen] == [*range(1, 45)]
+    assert seen[:22] == expected[:22]
+    for mine, theirs in zip(seen[22:30], expected[22:30], strict=True):
+        assert mine[1:3] == pytest.approx(theirs[1:3], rel=1e-3)  # loss and rate, in float32
+
+
+def test_another_run_is_refused(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]) -> None:
+    command = [sys.executable, str(TRAIN), *GO_ON, "--batch-size", "32"]
+    done = subprocess.run(command, cwd=halves[0], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--checkpoint saved holds a run with --batch-size 64, not 32")
