@@ -79,4 +79,5 @@ if __name__ == "__main__":
     _, what, argument = sys.argv
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     {"train": equality, "delay": cost}.get(what, lambda _: endless(argument))(Path(argument))
+    dist.barrier()  # a rank that left early would take the others' connections with it
     dist.destroy_process_group()
