@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -22,6 +23,8 @@ ELASTIC = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3", "-
 KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 3))
 LIMIT = 100  # seconds for a run
 
+Halves = tuple[Path, list[tuple[Any, ...]]]
+
 MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every", "5"]  # 22 steps an epoch
 
 
@@ -39,12 +42,10 @@ def started(*arguments: str, cwd: Path, ranks: int = 1) -> Iterator[subprocess.P
             text=True,
             start_new_session=True,
         )
-    workers: set[int] = set()
     try:
         yield process
     finally:
-        workers |= set(workers_of(process.pid).values())
-        for pid in [process.pid, *workers]:
+        for pid in [process.pid, *workers_of(process.pid).values()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
@@ -114,7 +115,7 @@ def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Any, ...]]]:
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
     """The folder of a run of one epoch, with checkpoints, and the trace of one of two epochs."""
     folder = tmp_path_factory.mktemp("halves")
     run(*MLP, "--epochs", "2", "--output", "whole", cwd=folder)
@@ -125,7 +126,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[A
 GO_ON = [*MLP, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]) -> None:
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: Halves) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     assert "checkpoint saved/step-00000022: going on from it" in run(*GO_ON, cwd=tmp_path)
     assert trace(tmp_path / "out") == halves[1]
@@ -156,23 +157,39 @@ def leave_it_partial(newest: Path) -> None:
     newest.rename(newest.with_name(newest.name + ".partial"))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, lose_the_manifest, leave_it_partial])
-def test_a_damaged_checkpoint_is_skipped(
-    tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]], damage: Callable[[Path], None]
-) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, halves: Halves) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
-    damage(tmp_path / "saved" / "step-00000022")
+    truncate(tmp_path / "saved" / "step-00000022")
     skipped, good = run(*GO_ON, cwd=tmp_path).splitlines()[:2]
-    assert skipped.startswith("checkpoint saved/step-00000022")
-    assert "skipped, it" in skipped
+    assert skipped == "checkpoint saved/step-00000022: skipped, its file __0_0.distcp is not as it was written"
     assert good == "checkpoint saved/step-00000020: going on from it"
     assert trace(tmp_path / "out") == halves[1]
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-00000040", "step-00000044"]
 
 
-def test_it_begins_anew_where_no_checkpoint_is_whole(
-    tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]
+DAMAGE = {
+    truncate: "its file __0_0.distcp is not as it was written",
+    flip_a_bit: "its file __0_0.distcp is not as it was written",
+    lose_a_file: "its file __0_0.distcp is missing",
+    lose_the_manifest: "its manifest.json cannot be read (FileNotFoundError)",
+    leave_it_partial: "it is half-written",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_any_kind_is_found(
+    tmp_path: Path, halves: Halves, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(TRAIN.parent)
+    checkpoints = importlib.import_module("checkpoints")
+    shutil.copytree(halves[0] / "saved", tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "step-00000022")
+    newest, before = checkpoints.newest_first(tmp_path, ".partial")
+    assert checkpoints.whats_wrong(newest) == DAMAGE[damage]
+    assert checkpoints.whats_wrong(before) is None
+
+
+def test_it_begins_anew_where_no_checkpoint_is_whole(tmp_path: Path, halves: Halves) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     for checkpoint in (tmp_path / "saved").iterdir():
         truncate(checkpoint)
@@ -180,10 +197,9 @@ def test_it_begins_anew_where_no_checkpoint_is_whole(
     assert trace(tmp_path / "out") == halves[1]
 
 
-@pytest.mark.parametrize("parallel", ["replica", "fsdp2"])
-def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]], parallel: str) -> None:
+def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: Halves) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
-    run(*GO_ON, "--parallel", parallel, cwd=tmp_path, ranks=2)
+    run(*GO_ON, "--parallel", "fsdp2", cwd=tmp_path, ranks=2)
     seen, expected = trace(tmp_path / "out"), halves[1]
     assert [record[0] for record in seen] == [*range(1, 45)]
     assert seen[:22] == expected[:22]
@@ -191,7 +207,7 @@ def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: tuple[Path, list[tu
         assert mine[1:3] == pytest.approx(theirs[1:3], rel=1e-3)  # loss and rate, in float32
 
 
-def test_another_run_is_refused(tmp_path: Path, halves: tuple[Path, list[tuple[Any, ...]]]) -> None:
+def test_another_run_is_refused(tmp_path: Path, halves: Halves) -> None:
     command = [sys.executable, str(TRAIN), *GO_ON, "--batch-size", "32"]
     done = subprocess.run(command, cwd=halves[0], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 2

@@ -280,7 +280,7 @@ def save_average(folder: str, steps: int) -> list[Tensor]:
 
 def test_averages_are_saved_in_shards(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     averages = pool(2).run(save_average, str(tmp_path), 4)[0]
-    saved = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    saved: dict[str, Any] = {**dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata}
     entries = [saved[f"scheduler.average.average.{i}"] for i in range(len(averages))]
     assert [entry.size for entry in entries] == [average.shape for average in averages]
     assert [len(entry.chunks) for entry in entries] == [2] * len(averages)
