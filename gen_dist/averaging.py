@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -74,15 +75,22 @@ class AveragedWeights:
     def state_dict(self) -> dict[str, Any]:
         """The number of steps averaged and the averages, placed as the parameters are; zeros before the first step.
 
-        The structure is always the same, as `torch.distributed.checkpoint` needs it: it loads in place.
+        The structure is always the same, as `torch.distributed.checkpoint` needs it: it loads in place. What FSDP1
+        averages has no placement, and stands under its rank: it loads on as many ranks only.
         """
         averages = self.average if self.count else [torch.zeros_like(sharding.local(p)) for p in self.parameters]
         pairs = zip(averages, self.parameters, strict=True)
-        return {"count": self.count, "average": [sharding.placed_like(a.clone(), p).detach() for a, p in pairs]}
+        placed = [sharding.placed_like(a.clone(), p).detach() for a, p in pairs]
+        return {"count": self.count, "average": {_here(): placed} if self.layout.fsdp1 else placed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = int(state_dict["count"])
-        self.average = [sharding.local(a).clone() for a in state_dict["average"]] if self.count else []
+        placed = state_dict["average"][_here()] if self.layout.fsdp1 else state_dict["average"]
+        self.average = [sharding.local(a).clone() for a in placed] if self.count else []
+
+
+def _here() -> str:
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
 def _recompute_statistics(batches: list[Any], model: nn.Module) -> None:

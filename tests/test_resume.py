@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gen_dist as gen
 
@@ -301,6 +302,31 @@ def test_averages_that_had_not_begun_have_not_begun(pool: Callable[[int], Pool],
     dcp.load({"scheduler": fresh.scheduler}, checkpoint_id=tmp_path)
     with pytest.raises(ValueError, match="no averaged weights yet"):
         fresh.result()
+
+
+def averages_of_fsdp1(folder: str, use_orig_params: bool) -> bool:
+    """Its shards are plain tensors, of which a checkpoint would take one rank's for those of all."""
+    schedulers = []
+    for _ in range(2):
+        model = FullyShardedDataParallel(new_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+        schedulers.append(gen.AutoGen(optimizer, model, criterion, curvature="forward"))
+    run, resumed = schedulers
+    for x, y in data()[:3]:
+        run.optimizer.zero_grad()
+        criterion(run.model(x), y).backward()
+        run.step(x, y)
+        run.optimizer.step()
+    dcp.save({"scheduler": run}, checkpoint_id=folder)
+    dcp.load({"scheduler": resumed}, checkpoint_id=folder)
+    assert run.average is not None
+    assert resumed.average is not None
+    return all(torch.equal(a, b) for a, b in zip(resumed.average.average, run.average.average, strict=True))
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_averages_of_fsdp1(pool: Callable[[int], Pool], tmp_path: Path, use_orig_params: bool) -> None:
+    assert pool(2).run(averages_of_fsdp1, str(tmp_path), use_orig_params) == [True, True]
 
 
 # ---------------------------------------------------------------------------- on another number of ranks
