@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "dense"]
 
 BUCKET_ELEMENTS = 6_553_600  # 25 MiB of float32, the size that DDP found to be good
 
@@ -103,7 +103,7 @@ def _average(parameters: list[Tensor], weight: float, group: dist.ProcessGroup |
     here = [p.grad is not None for p in parameters]
     if weight != 0:  # an empty slice may well have a NaN for its mean
         filled = [place for place, present in zip(places, here, strict=True) if present]
-        gradients = [_dense(p.grad).flatten() for p in parameters if p.grad is not None]
+        gradients = [dense(p.grad).flatten() for p in parameters if p.grad is not None]
         if filled:
             torch._foreach_copy_(filled, gradients)
             torch._foreach_mul_(filled, weight)
@@ -122,5 +122,6 @@ def _average(parameters: list[Tensor], weight: float, group: dist.ProcessGroup |
             parameter.grad.copy_(mean)
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient itself, or a sparse one written out."""
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from gen_dist import sharding
 from gen_dist.collectives import Ranks
-from gen_dist.sharding import DTensor, Layout
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from gen_dist.sharding import DTensor, Holders, Layout
 
 __all__ = ["check_in_sync"]
 
@@ -130,44 +125,6 @@ def _tensors(layout: Layout, ranks: Ranks, optimizer: Optimizer) -> Iterator[Hel
                 elif isinstance(value, Tensor | Number):
                     counted = holders.counting(parameter) if key == "step" else of_parameter
                     yield Held(what, value if isinstance(value, Tensor) else repr(value), counted)
-
-
-class Holders:
-    """Which ranks of the group, this one among them, hold the same part of a tensor as this one does."""
-
-    def __init__(self, layout: Layout, ranks: Ranks) -> None:
-        self.layout = layout
-        self.here, self.everyone = (ranks.rank,), tuple(range(ranks.size))
-        self.numbers = {rank: number for number, rank in enumerate(dist.get_process_group_ranks(ranks.group))}
-        self.of_mesh = functools.cache(self._of_mesh)
-
-    def of(self, tensor: Tensor) -> tuple[int, ...]:
-        if isinstance(tensor, DTensor):
-            return self.of_mesh(tensor.device_mesh, tuple(p.is_replicate() for p in tensor.placements))
-        if id(tensor) not in self.layout.flat:
-            return self.everyone
-        unit = self.layout.flat[id(tensor)]  # of FSDP1
-        if not unit._handle.uses_sharded_strategy:
-            return self._in_group(dist.get_process_group_ranks(unit.process_group))
-        if "HYBRID" not in unit.sharding_strategy.name:
-            return self.here
-        return self._in_group(dist.get_process_group_ranks(unit._inter_node_pg))
-
-    def counting(self, parameter: Tensor) -> tuple[int, ...]:
-        """The ranks that count the steps of a parameter alike: of FSDP1 those alone that have a piece of it."""
-        if isinstance(parameter, DTensor):
-            return self.of_mesh(parameter.device_mesh, (True,) * parameter.device_mesh.ndim)
-        return self.of(parameter)
-
-    def _of_mesh(self, mesh: DeviceMesh, replicated: tuple[bool, ...]) -> tuple[int, ...]:
-        place = mesh.get_coordinate()
-        if place is None:
-            return self.here
-        index = tuple(slice(None) if same else at for same, at in zip(replicated, place, strict=True))
-        return self._in_group(mesh.mesh[index].flatten().tolist())
-
-    def _in_group(self, world: list[int]) -> tuple[int, ...]:
-        return tuple(sorted(self.numbers[rank] for rank in world if rank in self.numbers))
 
 
 # ------------------------------------------------------------------------------------------------------ hashes

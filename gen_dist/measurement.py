@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gen_dist import sharding
-from gen_dist.collectives import Ranks
+from gen_dist.collectives import Ranks, dense
 from gen_dist.curvature import Estimator, Quadratic
 from gen_dist.line import Line
 from gen_dist.optimizer import Direction
@@ -169,8 +169,8 @@ def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool
     for _, ratio, parameters, updates in direction:
         parts = [torch.zeros(3, dtype=torch.float64)]
         for parameter, update in zip(parameters, updates, strict=True):
-            gradient, weight = sharding.local(parameter.grad), sharding.local(parameter.detach())  # type: ignore[arg-type]
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            gradient = dense(sharding.local(parameter.grad))  # type: ignore[arg-type]
+            weight = sharding.local(parameter.detach())
             g, w, d = gradient.flatten(), weight.flatten(), update.flatten()
             product = _dot(g, d) * ratio
             none = torch.zeros_like(product)

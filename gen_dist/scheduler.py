@@ -170,7 +170,8 @@ class GenScheduler(LRScheduler):
                 `batches`, a tensor of theirs.
 
         Every rank calls it. Raises `ValueError` or `TypeError` on a wrong call; an error in the model or the closure is
-        raised on every rank, with the weights as they were.
+        raised on every rank, with the weights as they were. Under FSDP, whose forward passes communicate, an error on
+        one rank alone ends the job at the timeout of the process group.
         """
         weight = _checked_weight(weight)
         slices = as_batches(self.model, self.criterion, x, y, closure, batches, may_be_none=weight == 0)
@@ -234,15 +235,15 @@ class GenScheduler(LRScheduler):
         run on the same batch, and a copy of the state costs as much memory as the state.
         """
         restore = self.optimizer.keep_state() if any(batch.closure is not None for batch in slices) else None
-        before = self._history, self._groups, self._shortened, self._probe, self._updates, self._updated_at, self.last
+        names = ("_history", "_groups", "_shortened", "_probe", "_updates", "_updated_at", "last")
+        before = {name: getattr(self, name) for name in names}
         try:
             yield
         except BaseException:
             self.optimizer.reset()
             if restore is not None:
                 restore()
-            self._history, self._groups, self._shortened, self._probe = before[:4]
-            self._updates, self._updated_at, self.last = before[4:]
+            vars(self).update(before)
             raise
 
     def _request(self, batches: int, weight: float, loss: Tensor | None, finite: bool) -> Request:

@@ -7,8 +7,9 @@ ask.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from gen_dist.collectives import Ranks
+from gen_dist.undo import put_back
+
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Replicate
 else:  # a build of torch for one process
     FSDPModule = FullyShardedDataParallel = DTensor = type("Absent", (), {})  # type: ignore[misc, assignment]
 
-from gen_dist.undo import put_back
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "local", "placed_like"]
+__all__ = ["Holders", "Layout", "local", "placed_like"]
 
 Substitute = Callable[[Tensor, Tensor], Tensor]
 """`(weight, velocity) -> what stands for the weight in the forward pass`."""
@@ -169,6 +174,44 @@ class Layout:
                     of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities))
                     of_unit.weights.append((module, name, parameter))
         return [*units, *fsdp2.values()], found
+
+
+class Holders:
+    """Which ranks of the group, this one among them, hold the same part of a tensor as this one does."""
+
+    def __init__(self, layout: Layout, ranks: Ranks) -> None:
+        self.layout = layout
+        self.here, self.everyone = (ranks.rank,), tuple(range(ranks.size))
+        self.numbers = {rank: number for number, rank in enumerate(dist.get_process_group_ranks(ranks.group))}
+        self.of_mesh = functools.cache(self._of_mesh)
+
+    def of(self, tensor: Tensor) -> tuple[int, ...]:
+        if isinstance(tensor, DTensor):
+            return self.of_mesh(tensor.device_mesh, tuple(p.is_replicate() for p in tensor.placements))
+        if id(tensor) not in self.layout.flat:
+            return self.everyone
+        unit = self.layout.flat[id(tensor)]  # of FSDP1
+        if not unit._handle.uses_sharded_strategy:
+            return self._in_group(dist.get_process_group_ranks(unit.process_group))
+        if "HYBRID" not in unit.sharding_strategy.name:
+            return self.here
+        return self._in_group(dist.get_process_group_ranks(unit._inter_node_pg))
+
+    def counting(self, parameter: Tensor) -> tuple[int, ...]:
+        """The ranks that count the steps of a parameter alike: of FSDP1 those alone that have a piece of it."""
+        if isinstance(parameter, DTensor):
+            return self.of_mesh(parameter.device_mesh, (True,) * parameter.device_mesh.ndim)
+        return self.of(parameter)
+
+    def _of_mesh(self, mesh: DeviceMesh, replicated: tuple[bool, ...]) -> tuple[int, ...]:
+        place = mesh.get_coordinate()
+        if place is None:
+            return self.here
+        index = tuple(slice(None) if same else at for same, at in zip(replicated, place, strict=True))
+        return self._in_group(mesh.mesh[index].flatten().tolist())
+
+    def _in_group(self, world: list[int]) -> tuple[int, ...]:
+        return tuple(sorted(self.numbers[rank] for rank in world if rank in self.numbers))
 
 
 def _fsdp1_parameters(unit: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from gen_dist.collectives import dense
 from gen_dist.optimizer import Direction
 
 __all__ = ["check_optimizer", "gradient_noise"]
@@ -42,8 +43,8 @@ def gradient_noise(optimizer: Optimizer, direction: Direction, own: Mapping[Tens
     total = torch.zeros((), dtype=torch.float64)
     for index, ratio, parameters, _ in direction:
         for parameter in parameters:
-            g = _dense(parameter.grad)  # type: ignore[arg-type]
-            g_r = _dense(own[parameter]) if parameter in own else torch.zeros_like(g)
+            g = dense(parameter.grad)  # type: ignore[arg-type]
+            g_r = dense(own[parameter]) if parameter in own else torch.zeros_like(g)
             j = _jacobian(optimizer, optimizer.param_groups[index], parameter, g)
             total = total + ratio * (j * (g_r.square() - g.square())).sum().double().to(total.device)
     return float(total)
@@ -64,7 +65,3 @@ def _jacobian(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, g:
     v = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt().clamp_min(torch.finfo(g.dtype).tiny)
     moved, spread = (1 - beta1) / (1 - beta1**step), (1 - beta2) / (1 - beta2**step)
     return sign * (moved / (v + group["eps"]) - m * taken * spread / (v * (v + group["eps"]).square()))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient

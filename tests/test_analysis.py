@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, boundaries, criterion, data, new_model, parallel
+from test_distributed import BATCH, KINDS, criterion, data, new_model, parallel, slice_here
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -105,8 +104,7 @@ def test_a_grid_without_rates_is_refused(rates: list[float]) -> None:
 
 def curves_on_ranks(kind: str) -> tuple[NDArray[Any], list[float]]:
     x, y = data()[0]
-    cuts = boundaries(dist.get_world_size(), "equal")
-    here = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    here = slice_here()
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
     # replicas need the global gradient for the global direction; the scheduler averages it

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, Model, boundaries, criterion, new_model, parallel, whole
+from test_distributed import BATCH, KINDS, Model, criterion, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -32,15 +31,12 @@ Trace = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
 
 def train(kind: str, lr: float = 1e-3, total_steps: int | None = None) -> Trace:
     """Rates, final weights and averaged weights."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=lr)
     average = True if total_steps else None
     scheduler = gen.AutoGen(optimizer, model, criterion, update_every=4, total_steps=total_steps, average=average)
-    cuts = boundaries(ranks, "equal")
-    here = slice(cuts[rank], cuts[rank + 1])
+    here = slice_here()
     rates = []
     for x, y in data():
         optimizer.zero_grad()
@@ -210,8 +206,7 @@ def errors(kind: str) -> tuple[float | None, float | None]:
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-2)
     scheduler = gen.ExactGen(optimizer, model, criterion)
     x, y = data()[0]
-    cuts = boundaries(dist.get_world_size(), "equal")
-    here = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    here = slice_here()
     criterion(model(x[here]), y[here]).backward()
     scheduler.step(x[here], y[here])
     assert scheduler.last is not None

@@ -93,23 +93,28 @@ def boundaries(ranks: int, slices: str) -> list[int]:
     return [0, *{1: [], 2: [5], 4: [1, 4, 9]}[ranks], BATCH]
 
 
+def slice_here(slices: str = "equal") -> slice:
+    """This rank's part of a batch; all of it where there are no ranks."""
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    cuts = boundaries(ranks, slices)
+    return slice(cuts[rank], cuts[rank + 1])
+
+
 def train(kind: str, curvature: str, optimizer_name: str, slices: str, probes: int = 2) -> reference.Run:
-    ranks, rank = dist.get_world_size(), dist.get_rank()
     inner = new_model()
     model = parallel(inner, kind)
     cls, arguments = OPTIMIZERS[optimizer_name]
     optimizer = gen.make_gen_optimizer(cls, model.parameters(), **arguments)
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes)
-    cuts = boundaries(ranks, slices)
+    here = slice_here(slices)
     run = reference.Run()
     for x, y in data():
-        here = slice(cuts[rank], cuts[rank + 1])
         x, y = x[here], y[here]
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         share = len(x) / BATCH
         # DDP and FSDP average gradients evenly: unequal slices are weighted in the loss.
-        (loss if kind == "replica" else loss * share * ranks).backward()
+        (loss if kind == "replica" else loss * share * dist.get_world_size()).backward()
         scheduler.step(x, y, weight=len(x))
         optimizer.step()
         record(run, scheduler)
@@ -165,10 +170,8 @@ def test_exact_training_equals_one_process(
 
 def first_update(kind: str, curvature: str, probes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The first update on ranks, and the same numbers from the reference on the union batch."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
     x, y = data()[0]
-    cuts = boundaries(ranks, "equal")
-    here = slice(cuts[rank], cuts[rank + 1])
+    here = slice_here()
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes)

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_pool import Pool
-from test_distributed import KINDS, Model, boundaries, criterion, data, new_model, parallel, whole
+from test_distributed import KINDS, Model, criterion, data, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -67,10 +66,7 @@ Trace = tuple[list[list[float]], list[float], list[list[float]], dict[str, Tenso
 
 def train(kind: str, curvature: str = "exact", rates: bool | str = True, auto: bool = False) -> Trace:
     """Rates of the groups step by step, `b` and `A` of the first step, and final weights."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    cuts = boundaries(ranks, "equal")
-    here = slice(cuts[rank], cuts[rank + 1])
+    here = slice_here()
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups_of(inner), lr=1e-3)

@@ -12,7 +12,7 @@ import reference
 import torch
 import torch.distributed as dist
 from rank_pool import Pool
-from test_distributed import KINDS, boundaries, criterion, data, new_model, parallel, whole
+from test_distributed import KINDS, criterion, data, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -76,10 +76,7 @@ def test_the_shortened_rate_lasts_until_the_next_update() -> None:
 
 
 def verified(kind: str) -> list[tuple[float, float | None, str]]:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    cuts = boundaries(ranks, "equal")
-    here = slice(cuts[rank], cuts[rank + 1])
+    here = slice_here()
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=0.5)
@@ -213,8 +210,7 @@ def signals(name: str) -> list[tuple[float | None, float]]:
     cls, arguments = KINDS_OF_STEP[name]
     optimizer = gen.make_gen_optimizer(cls, model.parameters(), **arguments)
     scheduler = gen.GenScheduler(optimizer, model, criterion, lr_max=1e-2, signal=True)
-    cuts = boundaries(dist.get_world_size(), "equal")
-    here = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    here = slice_here()
     seen = []
     for x, y in data()[:STEPS]:
         optimizer.zero_grad()

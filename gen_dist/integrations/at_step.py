@@ -56,14 +56,8 @@ class RateAtStep:
     def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
         """Set the rates by this scheduler from now on, in the `step` of its optimizer, or of the container `stepped`.
 
-        Raises `TypeError` if its optimizer is a trainer's wrapper, and `ValueError` if its state would not survive a
-        trainer's checkpoint.
+        Raises `ValueError` if its state would not survive a trainer's checkpoint.
         """
-        if unwrapped(scheduler.optimizer) is not scheduler.optimizer:
-            raise TypeError(
-                f"the scheduler was made with a trainer's wrapper, {type(scheduler.optimizer).__name__}: make it with "
-                "the optimizer inside, optimizer.optimizer"
-            )
         weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
         if scheduler.average is not None and scheduler.layout.gradient_is_sharded(weights):
             raise ValueError(
