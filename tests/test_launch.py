@@ -181,10 +181,10 @@ def test_local_checks_and_trains(train: Path) -> None:
 def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
     """Two machines on which another command was typed."""
     common = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    nodes = [
-        start("bash", str(LAUNCH / "multinode.sh"), str(train), str(node), **common, NODE_RANK=str(node))
-        for node in range(2)
-    ]
+    nodes = []
+    for node in range(2):
+        nodes.append(start("bash", str(LAUNCH / "multinode.sh"), str(train), str(node), **common, NODE_RANK=str(node)))
+        time.sleep(1)  # torchrun numbers machines of one name in the order of its process ids
     said = "".join(node.communicate(timeout=60)[0] for node in nodes)
     assert all(node.returncode != 0 for node in nodes), said
     assert f"--settings differs: {train} 0 on rank 0; {train} 1 on rank 1" in said
