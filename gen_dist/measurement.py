@@ -107,6 +107,8 @@ def reduce(
                 loss = measured[-1][:, 0]  # all start at the same point
             phi = torch.stack(measured)
     except Exception as error:
+        if lines[0].layout.forward_communicates:  # the others wait in a gather, and would take a reduction for it
+            raise
         failure = error
     bends = request.estimator.slope_and_curvature(phi, request.distance).square()
     extra = torch.tensor(shares, dtype=torch.float64, device=phi.device)
@@ -145,6 +147,8 @@ def losses_together(line: Line, rates: Sequence[float], ranks: Ranks, weight: fl
         if line.batches and weight:
             values = line.losses(rates).mean(0) * weight
     except Exception as error:
+        if line.layout.forward_communicates:
+            raise
         failure = error
     host = torch.tensor([weight, failure is not None], dtype=torch.float64, device=values.device)
     total, failed, *sums = ranks.sum(torch.cat([host, values])).tolist()

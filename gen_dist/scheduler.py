@@ -77,7 +77,8 @@ class GenScheduler(LRScheduler):
         lr_min, lr_max: the clamp.
         curvature: `'exact'`, `'gauss-newton'` or `'forward'`.
         probes: forward passes of `'forward'`, 1 or 2.
-        update_every: measure at the first of every so many steps; in between the rate stays and `step` costs nothing.
+        update_every: measure at the first of every so many steps; in between the rate stays, and `step` only
+            looks whether the gradients are finite.
         rule: from measurements to rates; by default `rule.Raw()`, the ratio, clamped.
         average: keep averaged weights, for `averaged()`.
         group_rates: a rate for each parameter group: the ratios between groups, too, come from curvature, all K x K of
@@ -171,7 +172,8 @@ class GenScheduler(LRScheduler):
 
         Every rank calls it. Raises `ValueError` or `TypeError` on a wrong call; an error in the model or the closure is
         raised on every rank, with the weights as they were. Under FSDP, whose forward passes communicate, an error on
-        one rank alone ends the job at the timeout of the process group.
+        one rank is raised there, at once, while the others wait for it, at most as long as the process group's timeout:
+        let it end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing.
         """
         weight = _checked_weight(weight)
         slices = as_batches(self.model, self.criterion, x, y, closure, batches, may_be_none=weight == 0)
@@ -187,6 +189,8 @@ class GenScheduler(LRScheduler):
         if due:
             with self._as_before_on_error(slices):
                 self._update(slices, parameters, own, weight, loss)
+        elif not gradients_are_finite(self.layout, self.ranks, parameters):
+            self.optimizer.skip_step()
         self.last_epoch += 1
         self._step_pending = self.average is not None
 

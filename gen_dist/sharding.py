@@ -88,6 +88,12 @@ class Layout:
         """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""
         return bool(self.fsdp1) or any(isinstance(p, DTensor) for p in parameters)
 
+    @property
+    def forward_communicates(self) -> bool:
+        """Whether ranks meet in the forward pass, so that one that fails in it cannot meet the others elsewhere."""
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        return bool(self.fsdp1 or self.fsdp2) or sharded
+
     def replicas(self, parameter: Tensor, ranks: int) -> int:
         """How many of the ranks hold the same part of a parameter as this one."""
         shards = 1
@@ -130,7 +136,8 @@ class Layout:
         for module in self.fsdp2:
             module.reshard()
         for unit in self.fsdp1:
-            if unit._handle.uses_sharded_strategy:
+            # before the first forward pass nothing has been gathered, and the handle knows no shard yet
+            if unit._handle.uses_sharded_strategy and hasattr(unit._handle.flat_param, "_local_shard"):
                 unit._handle.reshard(free_unsharded_flat_param=True)
 
     @contextlib.contextmanager

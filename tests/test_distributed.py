@@ -244,8 +244,8 @@ def test_one_small_reduction_an_update(pool: Callable[[int], Pool], curvature: s
     packed = ("all_reduce", 8 * 16)
     assert pool(2).run(collectives, "ddp", curvature, 2)[0] == [[packed], [], [packed]]
     # shards: whether every gradient is finite must be agreed upon first
-    checked = [("all_reduce", 4), packed]
-    assert pool(2).run(collectives, "fsdp2", curvature, 2)[0] == [checked, [], checked]
+    finite = ("all_reduce", 4)
+    assert pool(2).run(collectives, "fsdp2", curvature, 2)[0] == [[finite, packed], [finite], [finite, packed]]
     # replicas: the gradients, in one bucket here, at every step
     weights = new_model()
     count = sum(p.numel() for p in weights.parameters()) + len([*weights.parameters()]) + 1

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import Pool
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
+from gen_dist import sharding
 
 # ------------------------------------------------------------------------------------------------ no half step
 
@@ -82,6 +84,8 @@ def test_an_interrupt_anywhere_leaves_no_displaced_weights(curvature: str) -> No
 def network(kind: str = "alone") -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    if kind == "fsdp2":
+        fully_shard(model)
     return DistributedDataParallel(model) if kind == "ddp" else model
 
 
@@ -150,6 +154,38 @@ def test_a_fault_on_one_rank_spoils_nothing(
             assert seen[2][3] == seen[1][3], "the step is skipped"
         assert seen[3][1] != "not finite", "and the next one is as ever"
         assert seen[5][3] != seen[3][3]
+
+
+def train_between_updates(kind: str) -> list[tuple[bool, list[float]]]:
+    """Six steps with an update at the first alone and a NaN in the fourth gradient: all finite, and the weights."""
+    last = dist.get_world_size() - 1 if dist.is_initialized() else 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = network(kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
+    scheduler = gen.GenScheduler(optimizer, model, nn.functional.cross_entropy, update_every=100)
+    generator = torch.Generator().manual_seed(rank)
+    seen = []
+    for step in range(6):
+        x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if step == 3 and (rank == last or kind == "ddp"):  # which has reduced it by now
+            sharding.local(next(model.parameters()).grad).view(-1)[:1] = math.nan
+        scheduler.step(x, y)
+        optimizer.step()
+        parts = [sharding.local(p.detach()).flatten() for p in model.parameters()]
+        state = [sharding.local(v) for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        seen.append((all(bool(t.isfinite().all()) for t in [*parts, *state]), torch.cat(parts).tolist()))
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("alone", 1), ("replica", 2), ("ddp", 2), ("fsdp2", 2)])
+def test_a_gradient_between_updates_spoils_nothing(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
+    for seen in pool(ranks).run(train_between_updates, kind):
+        assert all(finite for finite, _ in seen)
+        weights = [weights for _, weights in seen]
+        assert weights[3] == weights[2], "the step is skipped, on every rank"
+        assert weights[4] != weights[3], "and the next one is as ever"
 
 
 # ----------------------------------------------------------------------------------------------------- no hang

@@ -94,7 +94,6 @@ def test_the_job_ends_in_bounded_time(job: Job) -> None:
     assert "step 1 of" not in job.said, "no rank goes on with what it gathered from a rank that had failed"
 
 
-@pytest.mark.xfail(strict=True, reason="scheduler.step keeps the error for a reduction in which the ranks never meet")
 @pytest.mark.timeout(80)
 def test_the_error_of_the_rank_that_failed_is_named(job: Job) -> None:
     assert f"[rank1]: {ERROR}" in job.said

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
+from gen_dist.sharding import Layout
 
 STEPS = 3
 BATCH = 8
@@ -201,3 +202,18 @@ def test_equals_one_process(pool: Callable[[int], Pool], ranks: int, kind: str, 
         assert updates == results[0], "bitwise equal on all ranks"
         for seen, true in zip(updates, oracle, strict=True):
             assert seen == pytest.approx(true, rel=1e-9)
+
+
+def lets_go_before_the_first_forward(kind: str) -> tuple[float, float]:
+    """Losses of one model that let go of its gathered weights before it had any, and of one that did not."""
+    x, y = data()[0]
+    models = [KINDS[kind](new_model())[0] for _ in range(2)]
+    Layout(models[0]).reshard()
+    here, there = (F.cross_entropy(model(x), y).item() for model in models)
+    return here, there
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 flat", "fsdp2"])
+def test_a_resumed_run_may_evaluate_first(pool: Callable[[int], Pool], kind: str) -> None:
+    for here, there in pool(2).run(lets_go_before_the_first_forward, kind):
+        assert here == there

@@ -34,7 +34,6 @@ CLOSURE_RAISES = "closure raises"
 NO_SAMPLES = "no samples"
 INTERRUPT = "interrupt"
 FAULTS = [NAN_IN_THE_GRADIENT, NAN_IN_A_PROBE, OVERFLOW_IN_A_PROBE, CLOSURE_RAISES, NO_SAMPLES, INTERRUPT]
-SKIPPED = "skipped by the script"  # between updates nothing but the script looks at gradients
 SHARE_OF_FAULTS = 0.2
 
 COMPARE_EVERY = 100
@@ -100,9 +99,6 @@ class Training:
             return  # the batch is skipped
         except Interrupt:
             return
-        if self.optimizer.direction is None and not self._gradients_are_finite():
-            self.happened[SKIPPED] += 1
-            return
         self.optimizer.step()
 
     def _backward(self, x: Tensor, y: Tensor, fault: str | None) -> None:
@@ -116,10 +112,6 @@ class Training:
             poisoned.remove()
         (nn.functional.cross_entropy(self.model(x), y) * (fault != NO_SAMPLES)).backward()
         poisoned.remove()
-
-    def _gradients_are_finite(self) -> bool:
-        """The same on all ranks: gradients are averaged by now."""
-        return all(bool(p.grad.isfinite().all()) for p in self.model.parameters() if p.grad is not None)
 
     def is_finite(self) -> bool:
         state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
@@ -181,7 +173,7 @@ def report(runs: list[Training], steps: int, elapsed: float, differed: int, firs
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (happened, finite, first, last))
     print_on_first(f"{steps} steps in {elapsed:.0f} s on {len(reports)} ranks")
-    for fault in [*FAULTS, SKIPPED]:
+    for fault in FAULTS:
         counts = [counts[fault] for counts, *_ in reports]
         print_on_first(f"  {fault:<22}{sum(counts):6}   by rank: {', '.join(map(str, counts))}")
     grown = False
