@@ -46,40 +46,45 @@ def as_batches(
     closure: Callable[[], Tensor] | None = None,
     batches: Sequence[Any] | None = None,
     may_be_none: bool = False,
+    call: str = "scheduler.step(",
 ) -> list[Batch]:
     """The batches of a call: `(x, y)`, a closure, or a list of such; none at all only where `may_be_none`.
 
-    Raises `ValueError` or `TypeError` that says what to type.
+    `call` is how the call begins, for errors. Raises `ValueError` or `TypeError` that says what to type.
     """
     given = [name for name, value in (("x", x), ("closure", closure), ("batches", batches)) if value is not None]
     if not given and may_be_none:
         return []
     if len(given) != 1:
         raise ValueError(
-            f"scheduler.step got {' and '.join(given) or 'no batch'}; type one of scheduler.step(x, y), "
-            "scheduler.step(closure=fn), scheduler.step(batches=[(x, y), ...])"
+            f"{_name(call)} got {' and '.join(given) or 'no batch'}; type one of {call}x, y), "
+            f"{call}closure=fn), {call}batches=[(x, y), ...])"
         )
     if batches is None:
-        return [_as_batch(model, criterion, closure if closure is not None else (x, y))]
+        return [_as_batch(model, criterion, closure if closure is not None else (x, y), call)]
     if not batches:
-        raise ValueError("scheduler.step(batches=[]): at least one batch is needed")
-    return [_as_batch(model, criterion, batch) for batch in batches]
+        raise ValueError(f"{call}batches=[]): at least one batch is needed")
+    return [_as_batch(model, criterion, batch, call) for batch in batches]
 
 
-def _as_batch(model: nn.Module, criterion: Criterion | None, batch: Any) -> Batch:
+def _as_batch(model: nn.Module, criterion: Criterion | None, batch: Any, call: str) -> Batch:
     if callable(batch):
         return Batch(model, closure=batch)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise TypeError(f"a batch is a pair (x, y) or a closure that returns the loss, got {batch!r:.80}")
     x, y = batch
     if y is None:
-        raise ValueError("scheduler.step(x) without a target: type scheduler.step(x, y) or step(closure=fn)")
+        raise ValueError(f"{call}x) without a target: type {call}x, y) or {call}closure=fn)")
     if criterion is None:
         raise ValueError(
-            "scheduler.step(x, y) needs the criterion that the scheduler was made without: pass criterion=, or "
-            "type scheduler.step(closure=fn) with a function that returns the loss"
+            f"{call}x, y) needs the criterion, which was not given: pass criterion=, or type {call}closure=fn) with a "
+            "function that returns the loss"
         )
     return Batch(model, criterion, x, y)
+
+
+def _name(call: str) -> str:
+    return call.partition("(")[0]
 
 
 def _scalar(loss: Any) -> Tensor:

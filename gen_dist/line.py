@@ -23,7 +23,7 @@ from gen_dist.optimizer import Direction
 from gen_dist.sharding import Layout
 from gen_dist.undo import put_back
 
-__all__ = ["Line"]
+__all__ = ["Line", "undisturbed"]
 
 # Units of rounding by which a loss is uncertain. That of its own dtype hits it directly. Inside the model many
 # roundings average out: on a GPT and two conv nets under bfloat16 autocast, 0.006 to 0.25 units were measured.
@@ -53,9 +53,9 @@ class Line:
         self.draws_random_numbers = False  # whether the last evaluation did
         self.noise = 0.0  # of the loss, relative: what rounding may change; known after `losses`
 
-    def losses(self, rates: Sequence[float]) -> Tensor:
+    def losses(self, rates: Iterable[float]) -> Tensor:
         """`phi` at each rate, by moving the weights in place; shape `(batches, rates)`."""
-        with torch.no_grad(), self.layout.bare(), _undisturbed(self.model) as restart:
+        with torch.no_grad(), self.layout.bare(), undisturbed(self.model) as restart:
             with _moved(self.direction) as move_to, self._noting_precision():
                 values = []
                 for rate in rates:
@@ -98,7 +98,7 @@ class Line:
             torch.no_grad(),
             _uncompiled(),
             self.layout.bare(),
-            _undisturbed(self.model),
+            undisturbed(self.model),
             self.layout.moving_weights(velocities, Jet) as table,
         ):
             # Buffers too: what the model writes into them may move, and come back into the loss.
@@ -189,7 +189,7 @@ def _arrived(groups: list[tuple[list[Tensor], list[Tensor], float]], before: lis
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[Restart]:
+def undisturbed(model: nn.Module) -> Iterator[Restart]:
     """Put buffers and random state back at the end; yields a function that does so in between."""
     names = [(module, name) for module in model.modules() for name in module._buffers]
     buffers = [module._buffers[name] for module, name in names]

@@ -17,7 +17,16 @@ from gen_dist.line import Line
 from gen_dist.optimizer import Direction
 from gen_dist.sharding import Layout
 
-__all__ = ["Measurement", "Request", "gradients_are_finite", "losses_together", "measure", "reduce"]
+__all__ = [
+    "Measurement",
+    "Request",
+    "check_alike",
+    "gradients_are_finite",
+    "losses_together",
+    "measure",
+    "raise_together",
+    "reduce",
+]
 
 
 class Request(NamedTuple):
@@ -126,7 +135,7 @@ def reduce(
         raise _failure(failure, ranks)
     if count * marks2 != marks**2:
         said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(ranks.texts(request.settings)))
-        raise ValueError(f"the ranks disagree on the scheduler's settings, which must be the same: {said}")
+        raise ValueError(f"the ranks disagree on settings, which must be the same: {said}")
     averages = [value / total if total else math.nan for value in rest[: len(own)]]
     ends = [3 * len(lines), 5 * len(lines)]
     return Reduced(
@@ -155,6 +164,20 @@ def losses_together(line: Line, rates: Sequence[float], ranks: Ranks, weight: fl
     if failed:
         raise _failure(failure, ranks)
     return [value / total if total else math.nan for value in sums]
+
+
+def raise_together(failure: Exception | None, ranks: Ranks) -> None:
+    """Raise on every rank if there is a failure on any, as `reduce` does. Collective."""
+    if ranks.any(torch.tensor(failure is not None)).item():
+        raise _failure(failure, ranks)
+
+
+def check_alike(settings: str, ranks: Ranks) -> None:
+    """Raise `ValueError` on every rank unless all say the same. Collective."""
+    texts = ranks.texts(settings)
+    if len(set(texts)) > 1:
+        said = "; ".join(f"rank {rank}: {text:.200}" for rank, text in enumerate(texts))
+        raise ValueError(f"the ranks disagree on settings, which must be the same: {said}")
 
 
 def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor]) -> bool:
@@ -195,7 +218,7 @@ def _failure(here: Exception | None, ranks: Ranks) -> Exception:
     if here is not None:
         return here
     who = ", ".join(f"rank {rank} ({text})" for rank, text in enumerate(texts) if text)
-    return RuntimeError(f"the loss could not be evaluated in scheduler.step on {who}")
+    return RuntimeError(f"the loss could not be evaluated on {who}")
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

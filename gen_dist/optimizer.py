@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -241,6 +243,39 @@ def measure_direction(optimizer: Optimizer) -> Direction:
                 torch._foreach_div_(updates, _trial_rate(groups[index]))
                 direction.append(GroupDirection(index, ratio, parameters, list(updates)))
     return direction
+
+
+def direction_without_trace(optimizer: Optimizer) -> Direction:
+    """The direction of a step with the gradients that are there, of any optimizer; nothing of it is left behind.
+
+    Costs a copy of the state. Raises `TypeError` for an optimizer whose step is not lr times a direction.
+    """
+    with _on_a_copy_of_the_state(optimizer):
+        if not isinstance(optimizer, GenOptimizer):
+            _refuse_by_name(type(optimizer))
+            _check_linearity(optimizer)
+        return measure_direction(optimizer)
+
+
+@contextlib.contextmanager
+def _on_a_copy_of_the_state(optimizer: Optimizer) -> Iterator[None]:
+    """Let the optimizer step on copies of its state and of its groups' settings, some of which count steps too."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    state, settings = optimizer.state, [dict(group) for group in optimizer.param_groups]
+
+    def bring_back() -> None:
+        optimizer.state = state
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.clear()
+            group.update(before)
+
+    devices = {p.device for group in settings for p in group["params"] if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), put_back(bring_back):
+        optimizer.state = defaultdict(dict, {p: copy.deepcopy(of_p) for p, of_p in state.items()})
+        for group in optimizer.param_groups:
+            group.update({key: copy.deepcopy(value) for key, value in group.items() if key != "params"})
+        yield
 
 
 def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["put_back", "whole"]
+__all__ = ["gradients_kept", "put_back", "whole"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +40,23 @@ def put_back(restore: Callable[[], object]) -> Iterator[None]:
     finally:
         if restore in _pending.restores:  # otherwise it has run, and this is what an interrupt left of the block
             _run_down_to(depth)
+
+
+@contextlib.contextmanager
+def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The gradients are as they were afterwards: the same tensors, which may be views of DDP's buckets, bit for bit."""
+    gradients = [p.grad for p in parameters]
+    contents = [None if g is None else g.detach().clone() for g in gradients]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, gradient, content in zip(parameters, gradients, contents, strict=True):
+            parameter.grad = gradient
+            if gradient is not None and content is not None:
+                gradient.copy_(content)
+
+    with put_back(restore):
+        yield
 
 
 def whole(step: Callable[P, R]) -> Callable[P, R]:
