@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist import drift
-from gen_dist.averaging import AveragedWeights
+from gen_dist.averaging import AveragedWeights, Averaging
 from gen_dist.batch import Batch, Criterion, as_batches
 from gen_dist.collectives import Ranks
 from gen_dist.curvature import estimator
@@ -80,7 +80,8 @@ class GenScheduler(LRScheduler):
         update_every: measure at the first of every so many steps; in between the rate stays, and `step` only
             looks whether the gradients are finite.
         rule: from measurements to rates; by default `rule.Raw()`, the ratio, clamped.
-        average: keep averaged weights, for `averaged()`.
+        average: keep averaged weights, for `averaged()`, and let the weights go along with them, at the end of each
+            `optimizer.step()`; `Averaging(power, momentum)` says how.
         group_rates: a rate for each parameter group: the ratios between groups, too, come from curvature, all K x K of
             it (`True`), or that of each group alone (`'diagonal'`, and always with `'forward'`).
         verify: at every so many updates, try the step on its own batch and shorten it if the loss rises; 0 for never.
@@ -103,7 +104,7 @@ class GenScheduler(LRScheduler):
         probes: int = 2,
         update_every: int = 1,
         rule: Rule | None = None,
-        average: bool = False,
+        average: bool | Averaging = False,
         group_rates: bool | str = False,
         verify: int = 0,
         signal: bool = False,
@@ -141,8 +142,12 @@ class GenScheduler(LRScheduler):
         if signal:
             check_optimizer(optimizer)
             _check_replicas(self.layout, weights)
-        self.average = AveragedWeights(self.layout, weights) if average else None
-        self._step_pending = False  # whether an optimizer step is to be taken into the average
+        self.average: AveragedWeights | None = None
+        if average is not False:
+            averaging = average if isinstance(average, Averaging) else Averaging()
+            self.average = AveragedWeights(self.layout, weights, averaging)
+            optimizer.register_step_post_hook(self._after_step)
+        self._step_pending = False  # whether the next optimizer step belongs to this scheduler's last
         self._direction_loaded = False  # whether the state loaded since the last step came with a held direction
         self._warned = False
 
@@ -188,11 +193,13 @@ class GenScheduler(LRScheduler):
         self.optimizer.reset()
         if due:
             with self._as_before_on_error(slices):
-                self._update(slices, parameters, own, weight, loss)
-        elif not gradients_are_finite(self.layout, self.ranks, parameters):
+                finite = self._update(slices, parameters, own, weight, loss)
+        else:
+            finite = gradients_are_finite(self.layout, self.ranks, parameters)
+        if not finite:
             self.optimizer.skip_step()
         self.last_epoch += 1
-        self._step_pending = self.average is not None
+        self._step_pending = finite and self.average is not None
 
     def _update(
         self,
@@ -201,12 +208,11 @@ class GenScheduler(LRScheduler):
         own: dict[Tensor, Tensor] | None,
         weight: float,
         loss: Tensor | None,
-    ) -> None:
+    ) -> bool:
+        """One update; whether the gradients are finite on all ranks."""
         if finite := gradients_are_finite(self.layout, self.ranks, parameters):
             self.optimizer.compute_param_updates()
         seen = self._measure(slices, own, self._request(len(slices), weight, loss, finite))
-        if not seen.gradients_finite:
-            self.optimizer.skip_step()
         self._cross_check(seen)
         steps = self.last_epoch + 1 - self._updated_at
         decision, self._history = self.rule.decide(seen, self._history, steps, self.lr_min, self.lr_max)
@@ -215,6 +221,7 @@ class GenScheduler(LRScheduler):
         self._updates += 1
         self._set_rates()
         self._record(seen, decision, change_ratio)
+        return seen.gradients_finite
 
     # ---------------------------------------------------------------------------------- the parts of a step
 
@@ -224,9 +231,6 @@ class GenScheduler(LRScheduler):
         due = self.last_epoch % stride == 0 or not self._history.started
         self._adopt_new_groups()
         self._direction_loaded = False
-        if self.average is not None and self._step_pending:
-            self.average.update()
-            self._step_pending = False
         if not due and self.rule.factor(self.last_epoch) != 1:
             self._set_rates()
         return due
@@ -372,6 +376,12 @@ class GenScheduler(LRScheduler):
 
     # --------------------------------------------------------------------------------------- averaged weights
 
+    def _after_step(self, *_: Any) -> None:
+        """A hook of the optimizer: steps that others make, to see or to fill its state, are left alone."""
+        if self._step_pending and self.average is not None:
+            self._step_pending = False
+            self.average.update()
+
     @contextlib.contextmanager
     def averaged(self, batches: Iterable[Any] = ()) -> Iterator[None]:
         """Within it the model has the averaged weights; afterwards, also after an error, its own, bit for bit.
@@ -381,9 +391,6 @@ class GenScheduler(LRScheduler):
         """
         if self.average is None:
             raise ValueError("this scheduler keeps no averaged weights: make it with average=True, or use AutoGen")
-        if self._step_pending:
-            self.average.update()
-            self._step_pending = False
         with self.average.in_place(batches):
             yield
 
@@ -533,7 +540,7 @@ class AutoGen(GenScheduler):
         update_every: int = 8,
         total_steps: int | None = None,
         rule: Auto | None = None,
-        average: bool | None = None,
+        average: bool | Averaging | None = None,
         group_rates: bool | str = False,
         verify: int = 0,
         signal: bool = False,

@@ -16,6 +16,8 @@ from test_distributed import BATCH, KINDS, Model, criterion, new_model, parallel
 from torch import Tensor, nn
 
 import gen_dist as gen
+from gen_dist.averaging import Averaging
+from gen_dist.rule import Auto
 
 STEPS = 20
 
@@ -97,6 +99,13 @@ def test_rates_follow_the_recipe_written_out() -> None:
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         rates.append(rate)
+        weights = [p.detach() for p in model.parameters()]
+        if not step:
+            averages = [w.clone() for w in weights]
+        for weight, average in zip(weights, averages, strict=True):
+            move = 9 / (step + 9) * (weight - average)
+            average += move
+            weight += 0.5 * move
     assert train("replica")[0] == pytest.approx(rates, rel=1e-9)
 
 
@@ -109,11 +118,12 @@ def test_a_known_horizon_decays_at_every_step() -> None:
 # ----------------------------------------------------------------------------------------- averaged weights
 
 
-def small_problem() -> tuple[gen.AutoGen, Tensor, Tensor]:
+def small_problem(average: Averaging | None = None, **options: Any) -> tuple[gen.AutoGen, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1, momentum=0.9)
-    return gen.AutoGen(optimizer, model, F.cross_entropy), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+    scheduler = gen.AutoGen(optimizer, model, F.cross_entropy, average=average, **options)
+    return scheduler, torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
 
 
 def steps(scheduler: gen.AutoGen, x: Tensor, y: Tensor, count: int) -> list[list[Tensor]]:
@@ -129,7 +139,7 @@ def steps(scheduler: gen.AutoGen, x: Tensor, y: Tensor, count: int) -> list[list
 
 
 def test_the_average_is_over_a_growing_window() -> None:
-    scheduler, x, y = small_problem()
+    scheduler, x, y = small_problem(Averaging(momentum=0))
     seen = steps(scheduler, x, y, 12)
     average = seen[0]
     for t, weights in enumerate(seen[1:], start=2):
@@ -140,6 +150,29 @@ def test_the_average_is_over_a_growing_window() -> None:
                 torch.testing.assert_close(p, a, rtol=1e-12, atol=1e-12)
     for p, w in zip(scheduler.model.parameters(), seen[-1], strict=True):
         assert torch.equal(p, w)
+
+
+def test_momentum_is_the_interpolation_of_schedule_free() -> None:
+    """`y = (1 - b) z + b x`, gradients at `y`, `z` moves by `1 / (1 - b)` times the step, and `x` is the mean of `z`."""
+    b = 0.75
+    averaging = Averaging(power=3, momentum=b)  # (1 - b) (power + 1) = 1: all z weigh the same
+    scheduler, x, y = small_problem(averaging, update_every=1, rule=Auto(settled_stride=1))  # always a direction
+    steps(scheduler, x, y, 1)
+    weights = [*scheduler.model.parameters()]
+    ahead, mean = [p.detach().clone() for p in weights], [p.detach().clone() for p in weights]
+    for step in range(2, 12):
+        scheduler.optimizer.zero_grad()
+        F.cross_entropy(scheduler.model(x), y).backward()
+        scheduler.step(x, y)
+        updates = [scheduler.optimizer.get_param_update(p).clone() for p in weights]
+        scheduler.optimizer.step()
+        for i, update in enumerate(updates):
+            ahead[i] -= scheduler.get_last_lr()[0] / (1 - b) * update
+            mean[i] += (ahead[i] - mean[i]) / (step + 3)
+            torch.testing.assert_close(weights[i].detach(), (1 - b) * ahead[i] + b * mean[i], rtol=1e-10, atol=1e-10)
+    with scheduler.averaged():
+        for p, m in zip(scheduler.model.parameters(), mean, strict=True):
+            torch.testing.assert_close(p, m, rtol=1e-10, atol=1e-10)
 
 
 def test_training_weights_come_back_after_an_error() -> None:

@@ -54,6 +54,10 @@ class JointOptimizer(GenOptimizer):
         for optimizer in self.optimizers:
             optimizer.step(closure)
 
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """After the step of the last of them, whoever makes it."""
+        return self.optimizers[-1].register_step_post_hook(hook)
+
     def skip_step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.skip_step()

@@ -12,7 +12,7 @@ from quality_tasks import ADAMW_RATES, FINE_TUNING_RATES, SGD_RATES, State, Task
 from torch import Tensor, nn
 
 import gen_dist as gen
-from gen_dist.averaging import AveragedWeights
+from gen_dist.averaging import AveragedWeights, Averaging
 from gen_dist.rule import Auto
 from gen_dist.sharding import Layout
 
@@ -60,7 +60,7 @@ class Constant(Training):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer)
-        self.average = AveragedWeights(Layout(model), list(model.parameters()))
+        self.average = AveragedWeights(Layout(model), list(model.parameters()), Averaging(momentum=0))
 
     def after_step(self) -> None:
         start = time.process_time()
@@ -215,9 +215,10 @@ def autogen(
     horizon: str | None = None,
     make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     groups: bool | str = False,
+    averaging: Averaging | None = None,
     **rule: Any,
 ) -> Start:
-    """AutoGen with other values of the rule.
+    """AutoGen with other values of the rule, or another averaging.
 
     `horizon` names a decay to zero at the last step, `make` makes another optimizer than the task's, and with `groups`
     it finds a rate for each group: matrices of the first and of the second half of the network, and vectors.
@@ -228,7 +229,7 @@ def autogen(
         if groups:
             regroup(optimizer, model)
         known = {"total_steps": steps, "decay": horizon} if horizon else {}
-        options: dict[str, Any] = {"rule": Auto(**rule, **known), "group_rates": groups}
+        options: dict[str, Any] = {"rule": Auto(**rule, **known), "group_rates": groups, "average": averaging}
         return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, **options))
 
     return start
@@ -266,6 +267,7 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-adamw": autogen(make=make_adamw),
     "autogen-groups": autogen(groups=True),
     "autogen-groups-diagonal": autogen(groups="diagonal"),
+    "autogen-no-momentum": autogen(averaging=Averaging(momentum=0)),
     "autogen-unsmoothed": autogen(smoothing=0.0),
     "autogen-unlimited-growth": autogen(growth=math.inf),
     "autogen-never-settling": autogen(settle_after=10**9),
