@@ -153,7 +153,7 @@ def test_the_average_is_over_a_growing_window() -> None:
 
 
 def test_momentum_is_the_interpolation_of_schedule_free() -> None:
-    """`y = (1 - b) z + b x`, gradients at `y`, `z` moves by `1 / (1 - b)` times the step, and `x` is the mean of `z`."""
+    """`y = (1 - b) z + b x`, gradients at `y`, `z` makes `1 / (1 - b)` times the step, and `x` is the mean of `z`."""
     b = 0.75
     averaging = Averaging(power=3, momentum=b)  # (1 - b) (power + 1) = 1: all z weigh the same
     scheduler, x, y = small_problem(averaging, update_every=1, rule=Auto(settled_stride=1))  # always a direction
