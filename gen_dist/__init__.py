@@ -19,6 +19,7 @@ from gen_dist.analysis import (
     second_order_approximation,
     second_order_approximation_coeffs,
 )
+from gen_dist.averaging import Averaging
 from gen_dist.jet import UnsupportedOperation
 from gen_dist.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
 from gen_dist.rule import Auto, Raw
@@ -30,6 +31,7 @@ __all__ = [
     "ApproxGen",
     "Auto",
     "AutoGen",
+    "Averaging",
     "ExactGen",
     "GenOptimizer",
     "GenScheduler",

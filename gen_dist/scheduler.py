@@ -517,14 +517,15 @@ class AutoGen(GenScheduler):
     """The recipe that needs no rate, no schedule and no horizon: what to use for real training.
 
     An update at every eighth step, at every sixteenth once the rate has settled, the rule `Auto` (smoothed, growth that
-    stops by itself, start and cap relative to the weights) and averaged weights: evaluate and export inside
-    `with scheduler.averaged():`. The initial learning rate plays no part but for the ratios between groups.
+    stops by itself, start and cap relative to the weights) and averaged weights, which the weights follow a part of the
+    way (see `averaging.Averaging`): evaluate and export inside `with scheduler.averaged():`. The initial learning rate
+    plays no part but for the ratios between groups.
 
     With `total_steps`, the horizon is known: the rate also decays to zero, and averages are kept only if asked for.
 
     Args:
         rule: `Auto(...)` with other values; by default those of the recipe, with `total_steps`.
-        average: keep averaged weights; by default where no horizon is given.
+        average: keep averaged weights, or how: `Averaging(...)`; by default where no horizon is given.
     """
 
     def __init__(
