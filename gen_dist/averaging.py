@@ -27,8 +27,8 @@ class Averaging(NamedTuple):
     `1 / (1 - momentum)` times the one here.
     """
 
-    power: float = 8.0
-    momentum: float = 0.5
+    power: float = 12.0
+    momentum: float = 0.4
 
 
 class AveragedWeights:

@@ -103,9 +103,9 @@ def test_rates_follow_the_recipe_written_out() -> None:
         if not step:
             averages = [w.clone() for w in weights]
         for weight, average in zip(weights, averages, strict=True):
-            move = 9 / (step + 9) * (weight - average)
+            move = 13 / (step + 13) * (weight - average)
             average += move
-            weight += 0.5 * move
+            weight += 0.4 * move
     assert train("replica")[0] == pytest.approx(rates, rel=1e-9)
 
 
@@ -143,7 +143,7 @@ def test_the_average_is_over_a_growing_window() -> None:
     seen = steps(scheduler, x, y, 12)
     average = seen[0]
     for t, weights in enumerate(seen[1:], start=2):
-        average = [a + 9 / (t + 8) * (w - a) for a, w in zip(average, weights, strict=True)]
+        average = [a + 13 / (t + 12) * (w - a) for a, w in zip(average, weights, strict=True)]
     for _ in range(2):  # looking twice takes nothing twice
         with scheduler.averaged():
             for p, a in zip(scheduler.model.parameters(), average, strict=True):

@@ -60,7 +60,7 @@ class Constant(Training):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer)
-        self.average = AveragedWeights(Layout(model), list(model.parameters()), Averaging(momentum=0))
+        self.average = AveragedWeights(Layout(model), list(model.parameters()), Averaging(power=8, momentum=0))
 
     def after_step(self) -> None:
         start = time.process_time()
@@ -267,7 +267,7 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-adamw": autogen(make=make_adamw),
     "autogen-groups": autogen(groups=True),
     "autogen-groups-diagonal": autogen(groups="diagonal"),
-    "autogen-no-momentum": autogen(averaging=Averaging(momentum=0)),
+    "autogen-no-momentum": autogen(averaging=Averaging(power=8, momentum=0)),
     "autogen-unsmoothed": autogen(smoothing=0.0),
     "autogen-unlimited-growth": autogen(growth=math.inf),
     "autogen-never-settling": autogen(settle_after=10**9),
