@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
+from gen_dist.jet import as_jet, derivatives, wants_acceleration
+from gen_dist.jet_rules.products import matrix_product
 from gen_dist.jet_rules.registry import aten, rule
 
 
@@ -18,17 +22,39 @@ from gen_dist.jet_rules.registry import aten, rule
     "_scaled_dot_product_fused_attention_overrideable",
 )
 def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """Fused attention, computed from its parts; only the first of the results is what a program sees."""
+    """`softmax(scale q k' + mask) v`, with all scores in memory; of the results a program sees the first alone."""
     names = [argument.name for argument in operation._schema.arguments]
     given = dict(zip(names[3:], args, strict=False)) | kwargs
-    result, _ = aten._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        given.get("attn_mask", given.get("attn_bias")),
-        given.get("dropout_p", 0.0),
-        given.get("is_causal", False),
-        scale=given.get("scale"),
-    )
-    unseen = [torch.empty(0) for _ in operation._schema.returns[1:]]
-    return (result, *unseen)
+    mask, scale = given.get("attn_mask", given.get("attn_bias")), given.get("scale")
+    heads, groups = query.shape[:-2], query.size(-3) // key.size(-3)
+    if groups > 1:  # several heads share a key and a value
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    q, k, v = (x.flatten(0, -3) for x in (query, key, value))
+    scores = matrix_product(aten.bmm.default, q, k.transpose(1, 2))
+    parts = [part for part in derivatives(scores) if part is not None]
+    for part in parts:
+        part.mul_(1 / math.sqrt(q.size(-1)) if scale is None else scale)
+    if given.get("is_causal", False):
+        parts[0].masked_fill_(torch.ones_like(parts[0][0], dtype=torch.bool).triu_(1), -math.inf)
+    if mask is None:
+        weights = _softmax_in_place(*derivatives(scores))
+    else:  # which may hide everything from a position: that one gets zero
+        weights = aten._safe_softmax(torch.add(scores.unflatten(0, heads), mask).flatten(0, -3), -1)
+    if given.get("dropout_p", 0.0):
+        weights = torch.dropout(weights, given["dropout_p"], True)
+    mixed = matrix_product(aten.bmm.default, weights, v)
+    return (mixed.unflatten(0, heads), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+
+
+def _softmax_in_place(x0: Tensor, x1: Tensor | None, x2: Tensor | None) -> Any:
+    """Softmax along the last dimension, its derivatives in the memory of those of `x`."""
+    y = torch.softmax(x0, -1)
+    if x1 is not None:
+        x1 -= (y * x1).sum(-1, keepdim=True)
+        if wants_acceleration():
+            x2 = x1 * x1 if x2 is None else x2.addcmul_(x1, x1)
+        x1 *= y
+    if x2 is not None:
+        x2 -= (y * x2).sum(-1, keepdim=True)
+        x2 *= y
+    return as_jet(y, x1, x2)

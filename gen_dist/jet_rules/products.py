@@ -76,7 +76,8 @@ def _div(operation: OpOverload, x: Any, y: Any, *, rounding_mode: str | None = N
 
 
 @rule("mm", "bmm", "dot", "mv", "vdot")
-def _matrix_product(operation: OpOverload, x: Any, w: Any) -> Any:
+def matrix_product(operation: OpOverload, x: Any, w: Any) -> Any:
+    """The product, its derivatives in memory of their own."""
     return as_jet(operation(derivatives(x)[0], derivatives(w)[0]), *_moved_product(operation, x, w))
 
 

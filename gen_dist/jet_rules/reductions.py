@@ -80,7 +80,9 @@ def _pooled(spatial: int) -> Callable[..., Any]:
 
     def apply(operation: OpOverload, x: Any, *args: Any, **kwargs: Any) -> Any:
         x0, x1, x2 = derivatives(x)
-        values, indices = operation(x0, *args, **kwargs)
+        if x0.device.type == "cpu" and x0.dim() == 4:  # where its kernel is vectorised over channels alone
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        values, indices = (result.contiguous() for result in operation(x0, *args, **kwargs))
         flat = indices.flatten(-spatial)
 
         def pick(d: Tensor | None) -> Tensor | None:
