@@ -1,22 +1,29 @@
 """What an update costs: a whole training iteration with each estimator, as a multiple of a plain AdamW iteration.
 
 All methods take turns in one run, round by round, so that a machine that slows down slows all of them; each round gives
-one ratio, and the median is reported with its quartiles. Peak memory is what an iteration needs beyond what was held
-before it.
+one ratio, and the median is reported with its quartiles. With one thread the time is that of the processor, which other
+programs on the machine disturb less than the clock on the wall. Memory once freed is kept for the next iteration, or
+the page faults of the C library's allocator, a matter of luck, would come on top. Peak memory is what an iteration
+needs beyond what was held before it.
 
-    python tests/benchmarks/update_cost.py [--models mlp cnn cnn-bn gpt] [--rounds 15]
+    python tests/benchmarks/update_cost.py [--models mlp cnn cnn-bn gpt] [--rounds 15] [--methods exact plain ...]
+    python tests/benchmarks/update_cost.py --profile     # where the time of an update goes, by part and by operator
 
-gen-optim's `lr_parabola` takes part where that package is installed (pip install "gen_dist[benchmarks]").
+Other packages take part where they are installed (pip install "gen_dist[benchmarks]"); see peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +33,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
+import peers
 from memory import peak_memory
 from models import CNN, GPT, MLP
+from torch.profiler import ProfilerActivity, profile
 
 import gen_dist as gen
+from gen_dist import measurement, optimizer, scheduler
+from gen_dist.batch import Batch
+from gen_dist.line import Line
 
 Iteration = Callable[[], None]
 
@@ -86,62 +98,56 @@ def scheduled(name: str, **arguments: Any) -> Iteration:
     return iteration
 
 
-def gen_optim(name: str) -> Iteration:
-    from GeN import lr_parabola
-
-    model, criterion, x, y = problem(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def iteration() -> None:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        lr_parabola(
-            model,
-            optimizer,
-            criterion,
-            tr_iter=iter([(x, y)]),
-            device="cpu",
-            task="image_cls",
-            lr_factor=[-1, 0, 1],
-        )
-        optimizer.step()
-
-    return iteration
-
-
 METHODS: dict[str, Callable[[str], Iteration]] = {
-    "plain AdamW": plain,
+    "plain": plain,
     "one probe": lambda name: scheduled(name, curvature="forward", probes=1),
+    "one probe, every 8": lambda name: scheduled(name, curvature="forward", probes=1, update_every=8),
     "two probes": lambda name: scheduled(name, curvature="forward", probes=2),
     "gauss-newton": lambda name: scheduled(name, curvature="gauss-newton"),
     "exact": lambda name: scheduled(name, curvature="exact"),
     "exact, every 8": lambda name: scheduled(name, curvature="exact", update_every=8),
-    "gen-optim": gen_optim,
+    **{peer: lambda name, peer=peer: peers.iteration(peer, *problem(name)) for peer in peers.PEERS},  # type: ignore[misc]
 }
 MODELS = ["mlp", "cnn", "cnn-bn", "gpt"]
-GOALS: dict[str | tuple[str, str], float] = {
-    "one probe": 1.5,
-    "two probes": 1.9,
-    "gauss-newton": 2.2,
-    "exact": 2.5,
-    ("exact", "gpt"): 3.3,
+GOALS: dict[tuple[str, str], float] = {
+    ("one probe, every 8", "cnn"): 1.06,
+    ("one probe, every 8", "gpt"): 1.04,
+    ("gauss-newton", "mlp"): 1.9,
+    ("gauss-newton", "cnn"): 1.9,
+    ("gauss-newton", "gpt"): 1.9,
+    ("exact", "mlp"): 2.0,
+    ("exact", "cnn"): 2.2,
+    ("exact", "gpt"): 2.6,
 }
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library's allocator not to give memory back to the system."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 2**30)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds(iteration: Iteration, repeats: int) -> float:
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         iteration()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
-def measure(name: str, rounds: int, repeats: int) -> None:
+def measure(name: str, methods: list[str], rounds: int, repeats: int) -> None:
     iterations = {}
-    for method, make in METHODS.items():
+    for method in methods:
         try:
-            iterations[method] = make(name)
-        except ImportError as error:
-            print(f"{name:>4}  {method:<15} left out: {error}")
+            iterations[method] = METHODS[method](name)
+        except (ImportError, peers.Unable) as error:
+            print(f"{name:>4}  {method:<18} left out: {error}")
     for iteration in iterations.values():
         seconds(iteration, 2)  # warm up
     ratios: dict[str, list[float]] = {method: [] for method in iterations}
@@ -150,31 +156,129 @@ def measure(name: str, rounds: int, repeats: int) -> None:
         order = list(iterations)
         random.shuffle(order)
         took = {method: seconds(iterations[method], repeats) for method in order}
-        base.append(took["plain AdamW"])
+        base.append(took["plain"])
         for method, value in took.items():
-            ratios[method].append(value / took["plain AdamW"])
-    model = problem(name)[0]
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{name}: {size:,} parameters, plain iteration {1e3 * statistics.median(base):.1f} ms")
-    print(f"{'':>4}  {'method':<15} {'ratio':>6}  {'quartiles':<12} {'goal':>5}  peak memory")
+            ratios[method].append(value / took["plain"])
+    size = sum(p.numel() for p in problem(name)[0].parameters())
+    print(f"{name}: {size:,} parameters, plain AdamW iteration {1e3 * statistics.median(base):.1f} ms")
+    print(f"{'':>4}  {'method':<18} {'ratio':>6}  {'quartiles':<12} {'goal':>5}  peak memory")
     for method, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        goal = GOALS.get((method, name), GOALS.get(method, ""))
-        memory = peak_memory(iterations[method])
-        print(f"{'':>4}  {method:<15} {middle:6.2f}  {low:.2f} to {high:.2f} {goal:>5}  {memory / 2**20:7.1f} MiB")
+        memory = peak_memory(iterations[method]) / 2**20
+        goal = GOALS.get((method, name), "")
+        print(f"{'':>4}  {method:<18} {middle:6.2f}  {low:.2f} to {high:.2f} {goal:>5}  {memory:7.1f} MiB")
+
+
+# ------------------------------------------------------------------------------------------- where the time goes
+
+PARTS = {
+    "plain iteration": None,
+    "update": (gen.GenScheduler, "step"),
+    "  gradients finite?": (scheduler, "gradients_are_finite"),
+    "  direction": (gen.GenOptimizer, "compute_param_updates"),
+    "    the optimizer's own step": (optimizer, "_base_step"),
+    "  inner products": (measurement, "inner_products"),
+    "  line, by probes": (Line, "losses"),
+    "  line, by jets": (Line, "jet"),
+    "  line, Gauss-Newton": (Line, "gauss_newton"),
+    "    running the model": (Batch, "output"),
+    "a forward pass without grad": None,
+}
+
+
+@contextlib.contextmanager
+def timing_parts(times: dict[str, float]) -> Iterator[None]:
+    """Add up the time that is spent in each part."""
+
+    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                times[part] += clock() - start
+
+        return call
+
+    places = {part: place for part, place in PARTS.items() if place is not None}
+    before = {part: getattr(owner, name) for part, (owner, name) in places.items()}
+    for part, (owner, name) in places.items():
+        setattr(owner, name, timed(before[part], part))
+    try:
+        yield
+    finally:
+        for part, (owner, name) in places.items():
+            setattr(owner, name, before[part])
+
+
+def print_profile(name: str, methods: list[str], rounds: int) -> None:
+    """Milliseconds an iteration by part, medians; then the operators of one update that take the most time."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    base, (model, criterion, x, y) = plain(name), problem(name)
+    iterations = {}
+    for method in methods:
+        with timing_parts(defaultdict(float)):  # bound methods are looked up at the call
+            iterations[method] = METHODS[method](name)
+    for number in range(rounds + 2):
+        for method, iteration in iterations.items():
+            times: dict[str, float] = defaultdict(float)
+            with timing_parts(times):
+                iteration()
+            times["plain iteration"] = seconds(base, 1)
+            with torch.no_grad():
+                times["a forward pass without grad"] = seconds(lambda: criterion(model(x), y), 1)
+            for part, value in times.items():
+                if number >= 2:
+                    found[part][method].append(1e3 * value)
+    print(f"\n{name}: milliseconds" + " " * 15 + "".join(f"{method:>15}" for method in iterations))
+    for part in PARTS:
+        if part in found:
+            row = [found[part].get(method) for method in iterations]
+            print(f"  {part:<30}" + "".join(f"{statistics.median(v) if v else 0:15.2f}" for v in row))
+    for method, iteration in iterations.items():
+        print(f"  {name}, {method}: an iteration by operator, own time")
+        own = operator_times(iteration, rounds)
+        total = sum(map(sum, own.values()))
+        for operator in sorted(own, key=lambda operator: -sum(own[operator]))[:10]:
+            took = sum(own[operator])
+            print(f"    {operator[:44]:<45} {took:8.2f} ms {took / total:4.0%} {len(own[operator]):5} calls")
+
+
+def operator_times(iteration: Iteration, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call of each operator, itself without what it calls: medians over the rounds."""
+    calls: dict[str, list[list[float]]] = defaultdict(list)
+    for _ in range(rounds):
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            iteration()
+        of_round: dict[str, list[float]] = defaultdict(list)
+        for event in recorded.events():
+            of_round[event.name].append(event.self_cpu_time_total / 1e3)
+        for operator, times in of_round.items():
+            calls[operator].append(times)
+    return {operator: [statistics.median(call) for call in zip(*times)] for operator, times in calls.items()}  # noqa: B905
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=8, help="iterations of each method a round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time goes, for one probe and exact by default"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.rounds} rounds")
+    keep_freed_memory()
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.rounds} rounds, load {load}")
+    methods = ["plain", *(method for method in arguments.methods if method != "plain")]
     for name in arguments.models:
-        measure(name, arguments.rounds, arguments.repeats)
+        if arguments.profile:
+            print_profile(name, ["one probe", "exact"], arguments.rounds)
+        else:
+            measure(name, methods, arguments.rounds, arguments.repeats)
 
 
 if __name__ == "__main__":
