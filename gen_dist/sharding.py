@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,13 @@ from gen_dist.undo import put_back
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 else:  # a build of torch for one process
     FSDPModule = FullyShardedDataParallel = DTensor = type("Absent", (), {})  # type: ignore[misc, assignment]
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
 __all__ = ["Holders", "Layout", "local", "placed_like"]
 
@@ -296,17 +297,53 @@ class _Fsdp2Unit(_Unit):
         return bool(self.weights)
 
     def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
-        seen: set[int] = set()
+        weights: dict[int, tuple[Tensor, DTensor]] = {}
         for module, name, sharded in self.weights:
-            weight = module._parameters[name]
-            assert weight is not None
-            if id(weight) not in seen:  # tied weights are one
-                seen.add(id(weight))
-                velocity = cast(DTensor, placed_like(self.velocities[sharded], sharded))
-                # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
-                kept = sharded.placements[-weight.device_mesh.ndim :] if isinstance(weight, DTensor) else ()
-                gathered = [Replicate()] * (len(sharded.placements) - len(kept))
-                yield weight, velocity.redistribute(placements=[*gathered, *kept]).to_local()
+            held = module._parameters[name]
+            assert held is not None
+            weights.setdefault(id(held), (held, sharded))  # tied weights are one
+        together: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[Tensor, _Piece]]] = {}
+        for weight, sharded in weights.values():
+            velocity = self.velocities[sharded].to(weight.dtype)
+            # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
+            kept = weight.device_mesh.ndim if isinstance(weight, DTensor) else 0
+            own = sharded.placements[: len(sharded.placements) - kept]
+            cut = [dimension for dimension, placement in enumerate(own) if not placement.is_replicate()]
+            if not cut:
+                yield weight, velocity
+                continue
+            assert len(cut) == 1, "FSDP2 shards over one dimension of its mesh"
+            piece = _Piece(velocity, local(weight).shape, cast("Shard", own[cut[0]]).dim)
+            group = sharded.device_mesh.get_group(cut[0])
+            together.setdefault((group, weight.dtype), []).append((weight, piece))
+        for (group, _), members in together.items():
+            whole = _gathered([piece for _, piece in members], group)
+            yield from zip((weight for weight, _ in members), whole, strict=True)
+
+
+class _Piece(NamedTuple):
+    """A rank's part of a tensor that is cut along a dimension as `torch.chunk` does it."""
+
+    part: Tensor
+    shape: torch.Size  # of the whole
+    dimension: int
+
+
+def _gathered(pieces: list[_Piece], group: dist.ProcessGroup) -> list[Tensor]:
+    """The whole tensors, of one dtype, by one gather. Collective."""
+    ranks, sizes = group.size(), []
+    for _, shape, dimension in pieces:  # the last ranks may have less than the first, or nothing: padded
+        sizes.append(-(-shape[dimension] // ranks) * (shape.numel() // max(shape[dimension], 1)))
+    flat = pieces[0].part.new_zeros(sum(sizes))
+    for place, (part, _, dimension) in zip(flat.split(sizes), pieces, strict=True):
+        place[: part.numel()].view(part.movedim(dimension, 0).shape).copy_(part.movedim(dimension, 0))
+    gathered = flat.new_empty(ranks * len(flat))
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    whole = []
+    for rows, (_, shape, dimension) in zip(gathered.view(ranks, -1).split(sizes, dim=1), pieces, strict=True):
+        moved = [shape[dimension], *shape[:dimension], *shape[dimension + 1 :]]
+        whole.append(rows.flatten()[: shape.numel()].view(moved).movedim(0, dimension))
+    return whole
 
 
 class _Fsdp1Unit(_Unit):
