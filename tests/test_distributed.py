@@ -14,6 +14,7 @@ from rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gen_dist as gen
 
@@ -203,54 +204,80 @@ def test_the_other_estimators_equal_one_process(
 # ---------------------------------------------------------------------------------------- what is communicated
 
 
-def collectives(kind: str, curvature: str, update_every: int) -> list[list[tuple[str, int]]]:
-    """The library's own collectives and their bytes at each of three steps."""
-    from gen_dist import collectives as module
+class Collectives(TorchDispatchMode):
+    """Notes every collective, the wrappers' own too, with the bytes that come out of it."""
 
-    calls: list[tuple[str, int]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
 
-    class Recording:
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(dist, name)
-            if not name.startswith("all_"):
-                return function
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            name = operation._schema.name.split("::")[1].strip("_")
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.seen.append((name, sum(tensor.nbytes for tensor in tensors)))
+        return operation(*args, **(kwargs or {}))
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls.append((name, args[0].nbytes))
-                return function(*args, **kwargs)
 
-            return call
-
+def collectives(kind: str, curvature: str, probes: int) -> list[list[tuple[str, int]]]:
+    """The collectives of three calls of `scheduler.step`, the second of which is no update."""
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
-    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, update_every=update_every)
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes, update_every=2)
     steps = []
-    module.dist = Recording()  # type: ignore[assignment]
-    try:
-        for x, y in data()[:3]:
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            calls.clear()
-            scheduler.step(x, y)
-            steps.append(list(calls))
-            optimizer.step()
-    finally:
-        module.dist = dist
+    for x, y in data()[:3]:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        with Collectives() as collectives:
+            scheduler.step(x, y, loss=loss)
+        steps.append(collectives.seen)
+        optimizer.step()
     return steps
 
 
-@pytest.mark.parametrize("curvature", ["exact", "forward"])
-def test_one_small_reduction_an_update(pool: Callable[[int], Pool], curvature: str) -> None:
-    packed = ("all_reduce", 8 * 16)
-    assert pool(2).run(collectives, "ddp", curvature, 2)[0] == [[packed], [], [packed]]
-    # shards: whether every gradient is finite must be agreed upon first
-    finite = ("all_reduce", 4)
-    assert pool(2).run(collectives, "fsdp2", curvature, 2)[0] == [[finite, packed], [finite], [finite, packed]]
+PACKED = ("allreduce", 128)
+FINITE = ("allreduce", 4)  # of shards: whether every gradient is finite must be agreed upon first
+
+
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton", "forward"])
+def test_replicas_and_ddp_communicate_one_small_reduction_an_update(
+    pool: Callable[[int], Pool], curvature: str
+) -> None:
+    assert pool(2).run(collectives, "ddp", curvature, 2)[0] == [[PACKED], [], [PACKED]]
     # replicas: the gradients, in one bucket here, at every step
     weights = new_model()
     count = sum(p.numel() for p in weights.parameters()) + len([*weights.parameters()]) + 1
-    bucket = ("all_reduce", 8 * count)
-    assert pool(2).run(collectives, "replica", curvature, 2)[0] == [[bucket, packed], [bucket], [bucket, packed]]
+    bucket = ("allreduce", 8 * count)
+    assert pool(2).run(collectives, "replica", curvature, 2)[0] == [[bucket, PACKED], [bucket], [bucket, PACKED]]
+
+
+def units_gathered(ranks: int) -> list[tuple[str, int]]:
+    """One gather for each unit of FSDP2, in the order in which they run: the root's parameters, and each block's."""
+    model = new_model()
+    blocks = [[*block.parameters()] for block in model.blocks]
+    of_blocks = {id(p) for block in blocks for p in block}
+    units = [[p for p in model.parameters() if id(p) not in of_blocks], *blocks]
+    padded = [[-(-len(p) // ranks) * ranks * p[0].numel() * 8 for p in unit] for unit in units]
+    return [("allgather_base", sum(sizes)) for sizes in padded]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fsdp2_probes_communicate_what_forward_passes_do(pool: Callable[[int], Pool], ranks: int) -> None:
+    forward = units_gathered(ranks)
+    for probes in (1, 2):
+        update = [FINITE, *(probes * forward), PACKED]
+        assert pool(ranks).run(collectives, "fsdp2", "forward", probes)[0] == [update, [FINITE], update]
+
+
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fsdp2_jets_gather_each_block_and_its_direction_once(
+    pool: Callable[[int], Pool], ranks: int, curvature: str
+) -> None:
+    each_twice = [gather for gather in units_gathered(ranks) for _ in range(2)]
+    update = [FINITE, *each_twice, PACKED]
+    assert pool(ranks).run(collectives, "fsdp2", curvature, 2)[0] == [update, [FINITE], update]
 
 
 def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int) -> list[Tensor | None]:
