@@ -342,7 +342,10 @@ def _gathered(pieces: list[_Piece], group: dist.ProcessGroup) -> list[Tensor]:
     whole = []
     for rows, (_, shape, dimension) in zip(gathered.view(ranks, -1).split(sizes, dim=1), pieces, strict=True):
         moved = [shape[dimension], *shape[:dimension], *shape[dimension + 1 :]]
-        whole.append(rows.flatten()[: shape.numel()].view(moved).movedim(0, dimension))
+        own = rows.clone(memory_format=torch.contiguous_format).view(-1)
+        whole.append(own[: shape.numel()].view(moved).movedim(0, dimension))
+    for buffer in (flat, gathered):  # which the backend's own thread may hold for a while
+        buffer.untyped_storage().resize_(0)
     return whole
 
 
