@@ -18,8 +18,15 @@ def peak_memory(work: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    return allocations(work)[0]
+
+
+def allocations(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes in the CPU's memory beyond what was held before `work()`: at its peak, and held after it."""
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    held = list(accumulate((event.nbytes() for event in events), initial=0))
+    return max(held), held[-1]

@@ -1,0 +1,140 @@
+"""What an update may cost: memory beside the model, passes over the parameters, looks of the host at the device."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gen_dist as gen
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from memory import allocations
+
+ESTIMATORS = [("exact", 2), ("gauss-newton", 2), ("forward", 2), ("forward", 1)]
+
+
+def prepared(curvature: str, probes: int, width: int = 256, depth: int = 8) -> tuple[Any, Any, Callable[[], None]]:
+    """An optimizer and a scheduler after a first step, the gradients of the second there; and a call of the latter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-3, momentum=0.9)
+    scheduler = gen.GenScheduler(optimizer, model, F.mse_loss, curvature=curvature, probes=probes, update_every=2)
+    x, y = torch.randn(2, width), torch.randn(2, width)
+    loss: Tensor = torch.zeros(())
+
+    def gradients() -> None:
+        nonlocal loss
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+
+    for _ in range(2):
+        gradients()
+        scheduler.step(x, y, loss=loss)
+        optimizer.step()
+    gradients()
+    return optimizer, scheduler, lambda: scheduler.step(x, y, loss=loss)
+
+
+@pytest.mark.parametrize(("curvature", "probes"), ESTIMATORS)
+def test_memory_is_two_copies_of_the_parameters_in_an_update_and_one_after_it(curvature: str, probes: int) -> None:
+    width, depth = 256, 8
+    optimizer, scheduler, update = prepared(curvature, probes, width, depth)
+    parameters, weight = 4 * depth * width**2, 4 * width**2
+    peak, held = allocations(update)
+    assert math.isfinite(scheduler.last.denominator)
+    assert peak < 2 * parameters + weight / 2  # and activations
+    assert held == pytest.approx(parameters, rel=0.01)  # the direction
+    _, released = allocations(optimizer.step)
+    assert held + released == pytest.approx(0, abs=0.01 * parameters)
+
+
+class Passes(TorchDispatchMode):
+    """Notes the operators that read or write a tensor of this many elements; views do neither."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        arguments = [*(args[0] if args and isinstance(args[0], (list, tuple)) else []), *args]
+        large = any(isinstance(x, Tensor) and x.numel() == self.elements for x in arguments)
+        if large and not is_view(operation):
+            self.seen.append(operation._schema.name.removeprefix("aten::"))
+        return result
+
+
+def is_view(operation: Any) -> bool:
+    returns = operation._schema.returns
+    alias = returns[0].alias_info if returns else None
+    return alias is not None and not alias.is_write
+
+
+def passes(curvature: str, probes: int) -> tuple[list[str], list[str]]:
+    width = 89
+    optimizer, _, update = prepared(curvature, probes, width, depth=1)
+    with Passes(width**2) as in_update:
+        update()
+    with Passes(width**2) as in_step:
+        optimizer.step()
+    return in_update.seen, in_step.seen
+
+
+DIRECTION = 7  # a copy, three of momentum SGD's own step, the difference, the division, back from the copy
+LOOKS = 2  # finite? and g.d
+COPY_AND_BACK = 2
+MOVE = 1
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_passes_over_the_parameters_by_probes(probes: int) -> None:
+    in_update, in_step = passes("forward", probes)
+    beside_the_model = [name for name in in_update if name != "mm"]
+    assert len(in_update) - len(beside_the_model) == probes
+    assert len(beside_the_model) == DIRECTION + LOOKS + COPY_AND_BACK + MOVE * probes, in_update
+    assert len(in_step) == 1, in_step
+
+
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton"])
+def test_passes_over_the_parameters_by_jets(curvature: str) -> None:
+    in_update, in_step = passes(curvature, 2)
+    assert len([name for name in in_update if name != "mm"]) == DIRECTION + LOOKS, in_update
+    assert len(in_step) == 1, in_step
+
+
+class HostReads(TorchFunctionMode):
+    """Notes where Python waits for numbers of a tensor; those of the random state are the host's own."""
+
+    NAMES = frozenset("__bool__ __float__ __int__ item tolist numpy cpu equal allclose".split())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES and not (isinstance(args[0], Tensor) and args[0].dtype == torch.uint8):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("curvature", "probes"), ESTIMATORS)
+def test_the_host_reads_two_results_an_update(curvature: str, probes: int) -> None:
+    """Whether gradients are finite, before they enter the optimizer's state, and the reduced numbers."""
+    _, _, update = prepared(curvature, probes)
+    with HostReads() as reads:
+        update()
+    flag_on_the_host, means_on_the_host = ["item"], ["tolist"]
+    assert reads.seen == ["__bool__", *flag_on_the_host, "tolist", *means_on_the_host]
