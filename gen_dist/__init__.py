@@ -14,6 +14,7 @@
 Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", ICLR 2025, arXiv 2407.02772.
 """
 
+from gen_dist import plots
 from gen_dist.analysis import (
     loss_per_learning_rate,
     second_order_approximation,
@@ -24,6 +25,7 @@ from gen_dist.jet import UnsupportedOperation
 from gen_dist.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
 from gen_dist.rule import Auto, Raw
 from gen_dist.scheduler import ApproxGen, AutoGen, ExactGen, GenScheduler, Update
+from gen_dist.suggestion import Suggestion, suggest_lr
 
 __version__ = "0.1.0"
 
@@ -36,11 +38,14 @@ __all__ = [
     "GenOptimizer",
     "GenScheduler",
     "Raw",
+    "Suggestion",
     "UnsupportedOperation",
     "Update",
     "as_gen_optimizer",
     "loss_per_learning_rate",
     "make_gen_optimizer",
+    "plots",
     "second_order_approximation",
     "second_order_approximation_coeffs",
+    "suggest_lr",
 ]

@@ -1,8 +1,17 @@
-"""Pictures of a training run."""
+"""Pictures of a training run. Each function returns a `matplotlib.figure.Figure`: `.savefig("run.png")`.
+
+`records` are one mapping a step, such as `{"step": 1, "loss": 2.3, **scheduler.last._asdict()}`, or the path of a file
+with one JSON object a line; `scheduler.last` itself is one too. Used are `step`, `loss`, `lr` and, where present,
+`lr_min`, `lr_max` and `reason`: "accepted", "clamped", "shortened", why an update was declined, or None at a step
+without one. A number that was not finite may be None. Records without a `step` are numbered from 1.
+
+All raise `ValueError` where there is nothing to draw, and `ImportError` without matplotlib.
+"""
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,10 +19,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from gen_dist.scheduler import Update
+    from gen_dist.suggestion import Suggestion
+
+    Records = str | Path | Iterable[Mapping[str, Any] | Update]
+
 Record = Mapping[str, Any]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers differ as well.
-BLUE, ORANGE, VERMILION, GREY, BLACK = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C", "#222222"
+BLUE, ORANGE, VERMILION, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#8C8C8C", "#222222"
+MINIMUM: Any = {
+    "color": ORANGE,
+    "marker": "o",
+    "markersize": 7,
+    "markeredgecolor": BLACK,
+    "markeredgewidth": 0.8,
+    "linestyle": "none",
+    "zorder": 4,
+    "label": "minimum of the parabola",
+}
 
 STYLE: Any = {
     "axes.edgecolor": GREY,
@@ -41,45 +65,105 @@ class Line(NamedTuple):
     losses: Sequence[float]
     parabola: Sequence[float]
     chosen: float
+    minimum: float | None = None  # of the parabola
+    lr_min: float = 0.0
+    lr_max: float = math.inf
 
 
-def training_figure(records: str | Path | Iterable[Record], lines: Iterable[Line] = ()) -> "Figure":
+def loss_figure(records: "Records") -> "Figure":
+    """The training loss over the steps, and its running mean."""
+    records = _records(records)
+    with _style():
+        figure = _figure(6, 3.2)
+        _draw_loss(figure.add_subplot(), records)
+    return figure
+
+
+def rate_figure(records: "Records") -> "Figure":
+    """The learning rate over the steps, and what became of each update: accepted, clamped, shortened or declined."""
+    records = _records(records)
+    with _style():
+        figure = _figure(6, 3.2)
+        _draw_rate(figure.add_subplot(), records)
+    return figure
+
+
+def line_figure(records: "Records | Iterable[Line]") -> "Figure":
+    """The loss along the direction against its parabola, for each `Line`, or each record that has one as its `line`."""
+    lines = list(_each_line(_records(records) if isinstance(records, str | Path) else records))
+    if not lines:
+        raise ValueError("there is no line to draw: give some gen_dist.plots.Line, or records that have a 'line'")
+    columns = min(len(lines), 3)
+    rows = math.ceil(len(lines) / columns)
+    with _style():
+        figure = _figure(3.4 * columns if columns > 1 else 5.5, 2.6 * rows + 0.6)
+        _draw_lines(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(len(lines))], lines)
+    return figure
+
+
+def training_figure(records: "Records", lines: Iterable[Line] = ()) -> "Figure":
     """A run at a glance: the loss and the learning rate over the steps, and the line against its parabola.
 
-    `records` has one mapping a step, or is the path of a file with one JSON object a line. Used are `step`,
-    `loss`, `lr` and, where present, `lr_min`, `lr_max` and `reason`: "accepted", "clamped", why an update was
-    declined, or None at a step without one. A number that was not finite may be None.
-
-    Raises `ValueError` when there are no records, `ImportError` without matplotlib.
+    `lines` are drawn, or those of the records that have one as their `line`.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "gen_dist[plots]"') from error
-
-    records = _read(records) if isinstance(records, str | Path) else list(records)
-    lines = list(lines)
-    if not records:
-        raise ValueError("there are no records to draw: give one mapping a step")
-    with rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.2 if lines else 3.2), layout="constrained")
+    records = _records(records)
+    lines = list(lines) or list(_each_line(records))
+    with _style():
+        figure = _figure(10, 6.2 if lines else 3.2)
         width = max(len(lines), 1)
         grid = figure.add_gridspec(2 if lines else 1, 2 * width, hspace=0.12)
         _draw_loss(figure.add_subplot(grid[0, :width]), records)
         _draw_rate(figure.add_subplot(grid[0, width:]), records)
-        for i, line in enumerate(lines):
-            axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
-            _draw_line(axes, line)
-            if i == 0:
-                axes.set_ylabel("loss along the direction")
-                figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        _draw_lines(figure, [figure.add_subplot(grid[1, 2 * i : 2 * i + 2]) for i in range(len(lines))], lines)
     return figure
 
 
-def _read(path: str | Path) -> list[Record]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def suggestion_figure(suggestion: "Suggestion") -> "Figure":
+    """What `suggest_lr` saw: the true line over all rates that it tried, and near its rate against the parabola."""
+    near = suggestion.rate is not None
+    if not (suggestion.scan.rates or near):
+        raise ValueError(f"there is nothing to draw: {suggestion!r}")
+    with _style():
+        figure = _figure(10 if near else 5.5, 3.8)
+        _draw_scan(figure.add_subplot(1, 2 if near else 1, 1), suggestion)
+        if near:
+            _draw_suggested(figure.add_subplot(1, 2, 2), suggestion)
+        _legend_below(figure, figure.axes)
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _style() -> AbstractContextManager[None]:
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "gen_dist[plots]"') from error
+    return rc_context(STYLE)
+
+
+def _records(records: "Records") -> list[Record]:
+    """One mapping a step, each with its number."""
+    if isinstance(records, str | Path):
+        with open(records, encoding="utf-8") as file:
+            found = [json.loads(line) for line in file if line.strip()]
+    else:
+        found = [record._asdict() if hasattr(record, "_asdict") else record for record in records]
+    if not found:
+        raise ValueError("there are no records to draw: give one mapping a step")
+    return [record if "step" in record else {**record, "step": i} for i, record in enumerate(found, 1)]
+
+
+def _each_line(records: Iterable[Any]) -> Iterator[Line]:
+    for record in records:
+        if isinstance(record, Line):
+            yield record
+        elif isinstance(record, Mapping) and record.get("line") is not None:
+            yield record["line"] if isinstance(record["line"], Line) else Line(**record["line"])
 
 
 def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
@@ -101,6 +185,7 @@ def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
     marks: dict[str, dict[str, Any]] = {
         "accepted": {"marker": "o", "s": 9, "color": BLUE, "linewidth": 0},
         "clamped": {"marker": "^", "s": 22, "color": ORANGE, "linewidth": 0},
+        "shortened": {"marker": "s", "s": 14, "color": GREEN, "linewidth": 0},
         "declined": {"marker": "x", "s": 22, "color": VERMILION, "linewidth": 1.1},
     }
     for kind, mark in marks.items():
@@ -109,7 +194,7 @@ def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
             axes.scatter(_column(marked, "step"), _column(marked, "lr"), label=kind, zorder=3, **mark)
     for bound in ("lr_min", "lr_max"):
         _draw_bound(axes, records, bound)
-    axes.set(title="Learning rate", xlabel="step", ylabel="learning rate")
+    axes.set(title="Rate", xlabel="step", ylabel="learning rate")
     axes.margins(x=0.02, y=0.12)
     if any(rate > 0 for rate in _column(records, "lr")):
         _scale_rates(axes)
@@ -136,42 +221,113 @@ def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
         axes.annotate(
             bound,
             (drawn[-1]["step"], values[-1]),
-            xytext=(0, 3),
+            xytext=(0, 5),
             textcoords="offset points",
             ha="right",
             color=BLACK,
         )
 
 
-def _draw_line(axes: "Axes", line: Line) -> None:
-    axes.plot(line.learning_rates, line.losses, color=BLUE, linewidth=1.8, label="true loss")
-    axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
-    axes.axvline(line.chosen, color=BLACK, linewidth=1, linestyle=":", label="chosen rate")
-    axes.set(title=f"Step {line.step:,}", xlabel="learning rate")
-    lowest, highest = min(*line.losses, *line.parabola), max(line.losses)
-    margin = 0.08 * (highest - lowest)
-    if 0 < margin < math.inf:
-        # A parabola that leaves the loss far behind would flatten everything else.
-        axes.set_ylim(lowest - margin, highest + margin)
+def _draw_lines(figure: "Figure", panels: Sequence["Axes"], lines: Sequence[Line]) -> None:
+    for axes, line in zip(panels, lines, strict=True):
+        _draw_curve(axes, line.learning_rates, line.losses)
+        axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
+        _draw_choice(axes, line.chosen, line.lr_min, line.lr_max, line.learning_rates)
+        axes.set(title=f"Step {line.step:,}", xlabel="learning rate")
+        _frame(axes, line.losses, line.parabola)
+        _draw_minimum(axes, line.minimum, min(line.parabola))
+    if panels:
+        panels[0].set_ylabel("loss along the direction")
+        _legend_below(figure, panels)
+
+
+def _draw_scan(axes: "Axes", suggestion: "Suggestion") -> None:
+    rates, losses = suggestion.scan
+    _draw_curve(axes, rates, losses)
+    axes.axhline(suggestion.loss, color=GREY, linewidth=1, zorder=1, label="loss now")
+    _draw_choice(axes, suggestion.rate, suggestion.lr_min, suggestion.lr_max, (0.0, *rates))
+    axes.set_xscale("log")
+    title = "All rates tried" if suggestion.rate is not None else f"No rate: {suggestion.reason}"
+    axes.set(title=title, xlabel="learning rate", ylabel="loss after one step")
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    fall = max(suggestion.loss - min(finite, default=0.0), 0.02 * abs(suggestion.loss))
+    if finite and fall > 0:
+        axes.set_ylim(min(*finite, suggestion.loss) - 0.15 * fall, suggestion.loss + fall)
+
+
+def _draw_suggested(axes: "Axes", suggestion: "Suggestion") -> None:
+    rates, losses = suggestion.line
+    loss, slope, curvature = suggestion.loss, suggestion.slope, suggestion.curvature
+    parabola = [loss + slope * a + curvature * a**2 / 2 for a in rates]
+    _draw_curve(axes, rates, losses)
+    axes.plot(rates, parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
+    _draw_choice(axes, suggestion.rate, suggestion.lr_min, suggestion.lr_max, rates)
+    axes.set(title=f"Near the suggested {suggestion.rate:.3g}", xlabel="learning rate")
+    _frame(axes, losses, parabola)
+    _draw_minimum(axes, suggestion.minimum, loss + slope * (suggestion.minimum or 0.0) / 2)
+
+
+def _draw_curve(axes: "Axes", rates: Sequence[float], losses: Sequence[float]) -> None:
+    axes.plot(rates, losses, color=BLUE, linewidth=1.8, label="true loss")
+
+
+def _draw_choice(axes: "Axes", chosen: float | None, lr_min: float, lr_max: float, rates: Sequence[float]) -> None:
+    """The rate, and the clamp as far as the picture reaches."""
+    for bound in (lr_min, lr_max):
+        if min(rates) < bound <= 1.01 * max(rates):
+            axes.axvline(bound, color=VERMILION, linewidth=4, alpha=0.35, label="clamp")
+    if chosen is not None:
+        axes.axvline(chosen, color=BLACK, linewidth=1, linestyle=":", label="chosen rate")
+
+
+def _draw_minimum(axes: "Axes", rate: float | None, loss: float) -> None:
+    """The minimum of the parabola, where the picture reaches it."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    if rate is not None and left <= rate <= right and low <= loss <= high:
+        axes.plot([rate], [loss], **MINIMUM)
+
+
+def _frame(axes: "Axes", losses: Sequence[float], parabola: Sequence[float]) -> None:
+    """A parabola that leaves the loss far behind would flatten everything else, and so would a loss that explodes."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if finite:
+        start, least = finite[0], min(finite)
+        fall = start - least
+        lowest = max(min(*finite, *parabola), least - 2 * fall) if fall > 0 else least
+        highest = min(max(finite), start + 2 * fall) if fall > 0 else max(finite)
+        margin = 0.08 * (highest - lowest)
+        if margin > 0:
+            axes.set_ylim(lowest - margin, highest + margin)
     axes.locator_params(nbins=5)
     axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _legend_below(figure: "Figure", panels: Sequence["Axes"]) -> None:
+    """One for all panels, each entry once."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    columns = len(entries) if figure.get_figwidth() > 7 else 3
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def _put_legend_beside_title(axes: "Axes") -> None:
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1, 0.99),
-        ncols=3,
-        columnspacing=0.8,
-        handlelength=1.2,
-        handletextpad=0.4,
+        ncols=4,
+        fontsize=9,
+        columnspacing=0.7,
+        handlelength=1.0,
+        handletextpad=0.3,
         borderpad=0,
     )
 
 
 def _kind(record: Record) -> str | None:
     reason = record.get("reason")
-    return reason if reason in ("accepted", "clamped", None) else "declined"
+    return reason if reason in ("accepted", "clamped", "shortened", None) else "declined"
 
 
 def _column(records: Iterable[Record], name: str) -> list[float]:
