@@ -1,15 +1,34 @@
 """Learning rates that need no tuning, for distributed training: the generalized Newton's method (GeN) for PyTorch.
 
-    import gen_dist as gen
+An optimizer that tells its direction, and a scheduler that measures the loss along it:
 
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), weight_decay=0.1)
-    scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=0.01)
+>>> import torch
+>>> import gen_dist as gen
+>>> model = torch.nn.Linear(2, 1)
+>>> optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.01)
+>>> scheduler = gen.ExactGen(optimizer, model, torch.nn.functional.mse_loss)
+>>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+>>> y = x.sum(1, keepdim=True) + 1
+>>> for _ in range(2):
+...     optimizer.zero_grad()
+...     torch.nn.functional.mse_loss(model(x), y).backward()
+...     scheduler.step(x, y)  # sets the learning rate, on every rank the same
+...     optimizer.step()  # moves along the direction that was measured
+>>> scheduler.last.reason
+'accepted'
 
-    for x, y in dataloader:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        scheduler.step(x, y)  # sets the learning rate, on every rank the same
-        optimizer.step()
+What to use:
+
+    AutoGen                      for real training: no rate, no schedule, no horizon to choose
+    ExactGen, ApproxGen          the method of the paper as it stands; GenScheduler has all options
+    make_gen_optimizer           an optimizer for them; as_gen_optimizer turns one that exists into it
+    suggest_lr                   one call before training: what rate? As a command: python -m gen_dist.suggest --help
+    loss_per_learning_rate       the loss along the direction, to look at; second_order_approximation its parabola
+    plots                        pictures of a run
+    gen_dist.integrations        one module each for Accelerate, Lightning, torchtitan and transformers
+
+In one process, or under torchrun with plain replicas, DDP or FSDP: the script is the same. `scheduler.last` has what
+the last update saw and did. Warnings go to Python's logger "gen_dist"; nothing is printed.
 
 Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", ICLR 2025, arXiv 2407.02772.
 """

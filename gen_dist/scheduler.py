@@ -61,6 +61,15 @@ class Update(NamedTuple):
         """Whether the rate comes from this update's measurement."""
         return self.reason in (ACCEPTED, CLAMPED, SHORTENED)
 
+    def numbers(self) -> dict[str, float]:
+        """What is known, by name, for a logger: all but the text; `accepted` is 1 or 0.
+
+        >>> Update(0.5, 8.0, 16.0, 1.0, "accepted").numbers()
+        {'lr': 0.5, 'numerator': 8.0, 'denominator': 16.0, 'loss': 1.0, 'accepted': 1.0}
+        """
+        known = {name: value for name, value in self._asdict().items() if isinstance(value, float)}
+        return {**known, "accepted": float(self.accepted)}
+
 
 class GenScheduler(LRScheduler):
     """Sets the learning rate of a `GenOptimizer` to the minimum of the loss along its direction (GeN).

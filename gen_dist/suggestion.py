@@ -6,8 +6,10 @@ line, and sees how well the two agree.
 
 What the number means. It is the rate that lowers the loss most in *one* step. On the batch that made the gradient, that
 is too much: the gradient's noise, too, is worth following there. Give `held_out`, other batches, and the answer is
-that of data which the gradient has not seen. For a whole run, one that decays its rate, it is a place to start from:
-`tests/benchmarks/suggestions.py` holds it against the best rate of a grid.
+that of data which the gradient has not seen. For a whole run, one that decays its rate, it is a place to start from.
+On five small tasks, three initial weights each, with one batch held out, it was 0.7 to 1.6 times the best rate of a
+grid in 11 of 15 cases, 0.2 to 0.3 times in 3, and once, where the gradient was mostly noise (`signal` 0.2), 0.04 times;
+on its own batch up to 2.9 times (`tests/benchmarks/suggestions.py`).
 """
 
 from __future__ import annotations

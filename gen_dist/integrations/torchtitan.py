@@ -49,13 +49,16 @@ class GenSchedulers(RateAtStep):
         """The learning rate of each parameter group, for the trainer's log."""
         return {f"lr/{i}": rate for i, rate in enumerate(self.get_last_lr())}
 
-    # Distributed checkpoints want the same entries when they load as when they saved: they get a single one.
+    # Distributed checkpoints want the same entries when they load as when they saved: all numbers in one text, beside
+    # the averaged weights.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gen_dist": json.dumps(super().state_dict())}
+        numbers = super().state_dict()
+        return {"gen_dist": json.dumps(numbers | {"average": None}), "average": numbers.get("average") or {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(json.loads(state_dict["gen_dist"]))
+        average = state_dict.get("average") or None
+        super().load_state_dict(json.loads(state_dict["gen_dist"]) | {"average": average})
 
 
 class GenMixin(Base):
