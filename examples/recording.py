@@ -31,7 +31,7 @@ class Recorder:
         self.ranks = ranks
         self.step = done
         self.records: list[dict[str, Any]] = []
-        self.lines: list[Line] = []
+        self._line: Line | None = None
         self._lines_due = [step for step in (0, steps // 3, 9 * steps // 10) if step >= done]
         self._seen = scheduler.last
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -74,14 +74,15 @@ class Recorder:
         self._lines_due.pop(0)
         rates = [2.5 * last.lr * i / (LINE_POINTS - 1) for i in range(LINE_POINTS)]
         losses = gen.loss_per_learning_rate(model, criterion, optimizer, x, y, rates)
-        self.lines.append(
-            Line(
-                step=self.step + 1,
-                learning_rates=rates,
-                losses=losses.tolist(),
-                parabola=[last.loss - last.numerator * a + last.denominator * a**2 / 2 for a in rates],
-                chosen=last.lr,
-            )
+        self._line = Line(
+            step=self.step + 1,
+            learning_rates=rates,
+            losses=losses.tolist(),
+            parabola=[last.loss - last.numerator * a + last.denominator * a**2 / 2 for a in rates],
+            chosen=last.lr,
+            minimum=last.numerator / last.denominator,
+            lr_min=self.scheduler.lr_min,
+            lr_max=self.scheduler.lr_max,
         )
 
     def write(self, loss: Tensor) -> None:
@@ -89,6 +90,7 @@ class Recorder:
         record = self._record(self.ranks.mean(loss))
         self.records.append(record)
         self.step += 1
+        self._line = None
         self._seen = self.scheduler.last
         self._seconds.clear()
         if self.ranks.rank == 0:
@@ -110,6 +112,7 @@ class Recorder:
             "reason": update.reason if update else None,
             "seconds": sum(self._seconds.values()),
             "scheduler_seconds": self._seconds["scheduler"],
+            "line": None if self._line is None else self._line._asdict(),
         }
 
     def sync(self) -> None:
@@ -125,7 +128,7 @@ class Recorder:
         """The figure of the run so far, drawn on rank 0."""
         path = self.output / "training.png"
         if self.ranks.rank == 0:
-            training_figure(self.records, self.lines).savefig(path, dpi=150)
+            training_figure(self.records).savefig(path, dpi=150)
         return path
 
 
@@ -161,4 +164,8 @@ def closing_line(records: list[dict[str, Any]], steps_per_epoch: int, result: st
 
 def finite(value: Any) -> Any:
     """JSON has no word for infinity or not-a-number."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

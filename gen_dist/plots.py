@@ -163,7 +163,18 @@ def _each_line(records: Iterable[Any]) -> Iterator[Line]:
         if isinstance(record, Line):
             yield record
         elif isinstance(record, Mapping) and record.get("line") is not None:
-            yield record["line"] if isinstance(record["line"], Line) else Line(**record["line"])
+            line = record["line"]
+            yield line if isinstance(line, Line) else _line(line)
+
+
+def _line(written: Mapping[str, Any]) -> Line:
+    """A line that was read from a file, where None stands for what was not finite."""
+    line = Line(**written)
+    return line._replace(
+        losses=[math.nan if loss is None else loss for loss in line.losses],
+        parabola=[math.nan if loss is None else loss for loss in line.parabola],
+        lr_max=math.inf if line.lr_max is None else line.lr_max,
+    )
 
 
 def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:

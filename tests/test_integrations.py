@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import integration_trainers as trainers
@@ -185,6 +186,34 @@ def test_several_optimizers_are_one() -> None:
             optimizer.step()
             seen.append((scheduler.last, scheduler.get_last_lr()))
     assert seen[:3] == seen[3:]
+
+
+@needs("torchtitan")
+def test_torchtitan_checkpoints_averaged_weights(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import load, save
+
+    from gen_dist.integrations.torchtitan import GenSchedulers
+
+    x, y = data()[0]
+    ends = []
+    for resume in (False, True):
+        model = new_model()
+        optimizers = trainers.optimizers_container([model])
+        schedulers = GenSchedulers(optimizers, [model], gen.AutoGen)
+        state = {"model": model, "optimizer": optimizers, "lr_scheduler": schedulers}
+        if resume:
+            load(state, checkpoint_id=str(tmp_path))
+        for step in range(schedulers.scheduler.last_epoch, 4):
+            optimizers.zero_grad()
+            criterion(model(x), y).backward()
+            schedulers.batches.append(partial(lambda model: criterion(model(x), y), model))
+            optimizers.step()
+            schedulers.step()
+            if step == 1:
+                save(state, checkpoint_id=str(tmp_path))
+        ends.append(schedulers.scheduler.averaged_state_dict())
+    for name, average in ends[0].items():
+        torch.testing.assert_close(ends[1][name], average, rtol=1e-12, atol=0)
 
 
 # -------------------------------------------------------------------------------------------- wrong calls

@@ -63,7 +63,7 @@ def test_lines_against_their_parabolas() -> None:
 
 def test_records_of_every_kind(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with_line = [RECORDS[0] | {"line": LINE._replace(losses=[1.0, 0.8, 0.9, 1.4, 2.0])._asdict()}, *RECORDS[1:]]
+    with_line = [RECORDS[0] | {"line": LINE._replace(losses=[1.0, 0.8, 0.9, 1.4, None])._asdict()}, *RECORDS[1:]]
     path.write_text("".join(json.dumps(record) + "\n" for record in with_line))
     for records in (path, str(path), with_line, iter(with_line)):
         assert len(drawn(gen.plots.training_figure(records)).axes) == 3
