@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -46,17 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         parser.error(str(error))
     with _ranks():
-        problem = factory()
-        if not isinstance(problem, dict | tuple):
-            parser.error(
-                f"{options.factory} returned {type(problem).__name__}: return a dict of suggest_lr's arguments, "
-                "{'model': ..., 'optimizer': ..., 'criterion': ..., 'x': ..., 'y': ...}, or a tuple of the first ones"
-            )
-        chosen = {"lr_min": options.lr_min, "lr_max": options.lr_max, "curvature": options.curvature}
-        named = {name: value for name, value in chosen.items() if value is not None}
-        suggestion = suggest_lr(**(problem | named)) if isinstance(problem, dict) else suggest_lr(*problem, **named)
-        if int(os.environ.get("RANK", 0)) == 0:
-            _report(suggestion, options)
+        _answer(parser, factory, options)
+
+
+def _answer(parser: argparse.ArgumentParser, factory: Callable[[], Any], options: argparse.Namespace) -> None:
+    problem = factory()
+    if not isinstance(problem, dict | tuple):
+        parser.error(
+            f"{options.factory} returned {type(problem).__name__}: return a dict of suggest_lr's arguments, "
+            "{'model': ..., 'optimizer': ..., 'criterion': ..., 'x': ..., 'y': ...}, or a tuple of the first ones"
+        )
+    chosen = {"lr_min": options.lr_min, "lr_max": options.lr_max, "curvature": options.curvature}
+    named = {name: value for name, value in chosen.items() if value is not None}
+    suggestion = suggest_lr(**(problem | named)) if isinstance(problem, dict) else suggest_lr(*problem, **named)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _report(suggestion, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +108,7 @@ def _ranks() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # a DDP model that outlives its group now and then waits forever for the group's threads
         dist.destroy_process_group()
 
 
