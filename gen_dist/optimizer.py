@@ -110,12 +110,14 @@ class GenOptimizer(Optimizer):
         self._direction = None
 
     def keep_state(self) -> Callable[[], None]:
-        """Copy the state; returns what puts it back."""
+        """Copy the state, and the settings of the groups, some of which count steps too; returns what puts it back."""
         kept = {parameter: copy.deepcopy(state) for parameter, state in self.state.items()}
+        settings = [dict(group) for group in self.param_groups]
 
         def put_back_state() -> None:
             self.state.clear()
             self.state.update(kept)
+            _put_back_settings(self, settings)
 
         return put_back_state
 
@@ -266,9 +268,7 @@ def _on_a_copy_of_the_state(optimizer: Optimizer) -> Iterator[None]:
 
     def bring_back() -> None:
         optimizer.state = state
-        for group, before in zip(optimizer.param_groups, settings, strict=True):
-            group.clear()
-            group.update(before)
+        _put_back_settings(optimizer, settings)
 
     devices = {p.device for group in settings for p in group["params"] if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), put_back(bring_back):
@@ -276,6 +276,12 @@ def _on_a_copy_of_the_state(optimizer: Optimizer) -> Iterator[None]:
         for group in optimizer.param_groups:
             group.update({key: copy.deepcopy(value) for key, value in group.items() if key != "params"})
         yield
+
+
+def _put_back_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
+    for group, before in zip(optimizer.param_groups, settings, strict=False):  # groups are only ever added
+        group.clear()
+        group.update(before)
 
 
 def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:

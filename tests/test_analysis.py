@@ -173,14 +173,17 @@ def test_a_short_grid_has_no_progress_bar(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == ""
 
 
-def test_an_optimizer_that_counts_its_steps_in_its_groups_is_left_as_it_was() -> None:
-    class Counting(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            for group in self.param_groups:
-                group["count"] = group.get("count", 0) + 1
-            torch.rand(1)
-            return super().step(closure)
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, and draws a random number in each."""
 
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        torch.rand(1)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_its_steps_in_its_groups_is_left_as_it_was() -> None:
     model, x, y = problem()
     optimizer = Counting(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     rate = optimizer.param_groups[0]["lr"]
@@ -190,6 +193,23 @@ def test_an_optimizer_that_counts_its_steps_in_its_groups_is_left_as_it_was() ->
     gen.loss_per_learning_rate(model, F.mse_loss, optimizer, x, y, RATES)
     assert_unchanged(before, snapshot(model, optimizer))
     assert optimizer.param_groups[0]["lr"] is rate
+
+
+def test_its_count_is_put_back_where_a_closure_fails() -> None:
+    model, x, y = problem()
+    optimizer = gen.make_gen_optimizer(Counting, model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = gen.ExactGen(optimizer, model)
+    F.mse_loss(model(x), y).backward()
+
+    def fails() -> Tensor:
+        raise OSError("disk full")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            scheduler.step(closure=fails)
+        assert "count" not in optimizer.param_groups[0]
+    scheduler.step(closure=lambda: F.mse_loss(model(x), y))
+    assert optimizer.param_groups[0]["count"] == 1
 
 
 def test_without_a_direction_or_with_an_optimizer_that_has_none() -> None:

@@ -59,6 +59,22 @@ def test_an_update_equals_the_cpu_reference(curvature: str, probes: int, fused: 
     assert (seen.numerator, seen.denominator) == pytest.approx(oracle(curvature, probes), rel=1e-9)
 
 
+def test_a_suggestion_and_the_curves_are_those_of_the_cpu() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = new_model().to(device)
+        x, y = (tensor.to(device) for tensor in data()[0])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        held_out = tuple(tensor.to(device) for tensor in data()[1])
+        random = torch.cuda.get_rng_state()
+        seen = gen.suggest_lr(model, optimizer, criterion, x, y, held_out=held_out)
+        criterion(model(x), y).backward()
+        losses = gen.loss_per_learning_rate(model, criterion, optimizer, x, y, [0.0, 1e-2])
+        assert torch.equal(random, torch.cuda.get_rng_state())
+        found.append([seen.rate, seen.slope, seen.curvature, *losses])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_training_equals_the_cpu_reference() -> None:
     model = new_model().cuda()
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
