@@ -28,7 +28,7 @@ class Averaging(NamedTuple):
     """
 
     power: float = 12.0
-    momentum: float = 0.4
+    momentum: float = 0.3
 
 
 class AveragedWeights:

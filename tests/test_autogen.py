@@ -105,7 +105,7 @@ def test_rates_follow_the_recipe_written_out() -> None:
         for weight, average in zip(weights, averages, strict=True):
             move = 13 / (step + 13) * (weight - average)
             average += move
-            weight += 0.4 * move
+            weight += 0.3 * move
     assert train("replica")[0] == pytest.approx(rates, rel=1e-9)
 
 
