@@ -12,6 +12,8 @@ tuple of the first ones, `(model, optimizer, criterion, x, y)`:
         (x, y), *others = itertools.islice(dataloader, 5)
         return {"model": model, "optimizer": optimizer, "criterion": criterion, "x": x, "y": y, "held_out": others}
 
+One that runs is examples/factory.py.
+
 Under torchrun the process group is there when it is called (a NCCL one where each rank of a machine has a GPU), and it
 returns this rank's slice and the model in DDP, after `fully_shard`, or as a plain copy. Rank 0 prints. Where no
 rate is to be had, it says why, and `--json` has null for it.
