@@ -37,9 +37,10 @@ DATA_OF_MODEL = {
     "mlp": ("digits", "fashion-mnist"),
     "cnn": ("digits", "fashion-mnist"),
     "gpt": ("shakespeare",),
+    "minilm": ("film-reviews",),
 }
-EPOCHS = {"digits": 20, "fashion-mnist": 3, "shakespeare": 1}
-BATCH_SIZE = {"digits": 256, "fashion-mnist": 256, "shakespeare": 64}
+EPOCHS = {"digits": 20, "fashion-mnist": 3, "shakespeare": 1, "film-reviews": 1}
+BATCH_SIZE = {"digits": 256, "fashion-mnist": 256, "shakespeare": 64, "film-reviews": 32}
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +79,7 @@ def parse(ranks: Ranks) -> tuple[argparse.Namespace, Dataset]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", choices=DATA_OF_MODEL, default="cnn", help="what to train (default: %(default)s)")
-    add("--data", choices=EPOCHS, help="what to train it on (default: digits; for gpt, shakespeare)")
+    add("--data", choices=EPOCHS, help="what to train it on (default: by model)")
     add("--data-dir", type=Path, default=Path("data"), help="where downloaded data lie (default: %(default)s)")
     add(
         "--parallel",
@@ -92,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how the scheduler measures it (default: %(default)s)",
     )
     add("--probes", type=int, choices=[1, 2], help="forward passes of --curvature forward (default: 2)")
-    add("--optimizer", choices=RECIPES, help="whose direction to follow (default: sgd; for gpt, adamw)")
+    add("--optimizer", choices=RECIPES, help="whose direction to follow (default: sgd; for gpt and minilm, adamw)")
     add(
         "--rule",
         choices=SCHEDULERS,
@@ -123,7 +124,7 @@ def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
     complete(
         a,
         data=DATA_OF_MODEL[a.model][0],
-        optimizer="adamw" if a.model == "gpt" else "sgd",
+        optimizer="adamw" if a.model in ("gpt", "minilm") else "sgd",
         parallel="ddp" if ranks.launched else "none",
     )
     recipe = RECIPES[a.optimizer]

