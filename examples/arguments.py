@@ -40,7 +40,7 @@ DATA_OF_MODEL = {
     "minilm": ("film-reviews",),
 }
 EPOCHS = {"digits": 20, "fashion-mnist": 3, "shakespeare": 1, "film-reviews": 1}
-BATCH_SIZE = {"digits": 256, "fashion-mnist": 256, "shakespeare": 64, "film-reviews": 32}
+BATCH_SIZE = {"digits": 256, "fashion-mnist": 256, "shakespeare": 64, "film-reviews": 16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr-min", type=float, default=0.0, help="the smallest rate allowed (default: %(default)s)")
     add("--lr-max", type=float, help="the largest rate allowed (default: none; by optimizer for --rule raw)")
     add("--epochs", type=int, help="passes over the data (default: by data)")
+    add("--steps", type=int, help="instead of --epochs: steps to take")
     add("--batch-size", type=int, help="examples in a step, of all ranks together (default: by data)")
     add("--update-every", type=int, help="steps between updates of the rate (default: 8; 1 for --rule raw)")
     add(
@@ -169,8 +170,8 @@ def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
         yield f"--lr-min {a.lr_min:g} --lr-max {a.lr_max:g}: need 0 <= lr-min <= lr-max"
     if not 0 < a.lr < math.inf:
         yield f"--lr {a.lr:g}: need a positive rate"
-    for name in ("epochs", "batch_size", "update_every", "checkpoint_every"):
-        if getattr(a, name) < 1:
+    for name in ("epochs", "steps", "batch_size", "update_every", "checkpoint_every"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
             yield f"--{option(name)} {getattr(a, name)}: need at least 1"
     if a.batch_size % ranks.size:
         yield f"--batch-size {a.batch_size} does not divide into equal slices for {ranks.size} ranks"

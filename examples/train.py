@@ -65,7 +65,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
     )
 
     steps_per_epoch = len(dataset.train_x) // arguments.batch_size
-    steps, done, checkpoints = arguments.epochs * steps_per_epoch, 0, None
+    steps, done, checkpoints = arguments.steps or arguments.epochs * steps_per_epoch, 0, None
     if arguments.checkpoint is not None:
         training = Training(model, optimizer, scheduler)
         checkpoints = Checkpoints(arguments.checkpoint, training, settings(arguments), ranks)
@@ -73,11 +73,12 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
 
     result = ""
     with Recorder(scheduler, arguments.output, steps, ranks, done) as recorder:
-        for epoch in range(done // steps_per_epoch, arguments.epochs):
+        for epoch in range(done // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             batches = training_batches(
                 dataset, arguments.batch_size, epoch, seed=arguments.seed, rank=ranks.rank, ranks=ranks.size
             )
-            for x, y in islice(batches, max(0, done - epoch * steps_per_epoch), None):
+            before = epoch * steps_per_epoch
+            for x, y in islice(batches, max(0, done - before), steps - before):
                 with recorder.timed("training"):
                     optimizer.zero_grad()
                     loss = criterion(model(x), y)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
@@ -104,6 +105,7 @@ def gauss_newton(
     """`(L, g.d, (Jd)' H (Jd))`, `J` the model's Jacobian and `H` the criterion's Hessian in the model's output."""
     names = [name for name, _ in model.named_parameters()]
     point, tangent = dict(model.named_parameters()), dict(zip(names, d, strict=True))
-    output, moved = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (point,), (tangent,))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode on every version of torch
+        output, moved = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (point,), (tangent,))
     leaf = output.detach().requires_grad_()
     return derivatives(lambda: criterion(leaf, y), [leaf], [moved.detach()])
