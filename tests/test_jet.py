@@ -270,7 +270,12 @@ def test_operator(name: str) -> None:
     with torch.no_grad():
         seen = derivatives(loss(*(Jet(x, v) for x, v in zip(points, d, strict=True))))
     leaves = [x.clone().requires_grad_() for x in points]
-    expected = reference.derivatives(lambda: loss(*leaves), leaves, d)
+    try:
+        expected = reference.derivatives(lambda: loss(*leaves), leaves, d)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} has no double backward to compare with: {error}")
     assert abs(expected[1]) > 1e-6, "the row must have something to differentiate"
     for mine, true in zip(seen, expected, strict=True):
         assert (0.0 if mine is None else mine.item()) == pytest.approx(true, rel=TOLERANCE, abs=1e-12)
