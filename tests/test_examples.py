@@ -46,18 +46,27 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("parallel", ["replica", "ddp", "fsdp2"])
-def test_two_ranks_train_as_one_process_does(tmp_path: Path, parallel: str) -> None:
-    arguments = ["--model", "mlp", "--epochs", "3", "--batch-size", "256"]
-    one = run(*arguments, "--no-plot", "--output", "one", cwd=tmp_path)
-    two = run(*arguments, "--parallel", parallel, "--output", "two", ranks=2, cwd=tmp_path)
+DIGITS = ["--model", "mlp", "--epochs", "3", "--batch-size", "256"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The records of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    one = run(*DIGITS, "--no-plot", "--output", "one", cwd=folder)
     assert one.returncode == 0, one.stderr
+    return records(folder / "one")
+
+
+@pytest.mark.parametrize("parallel", ["replica", "ddp", "fsdp2"])
+def test_two_ranks_train_as_one_process_does(tmp_path: Path, parallel: str, alone: list[dict[str, Any]]) -> None:
+    two = run(*DIGITS, "--parallel", parallel, "--output", "two", ranks=2, cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     assert "train loss" in two.stdout
     assert "test accuracy" in two.stdout
     assert two.stdout.strip().splitlines()[-1] == str(tmp_path / "two" / "training.png")
     assert (tmp_path / "two" / "training.png").stat().st_size > 10_000
-    alone, together = records(tmp_path / "one"), records(tmp_path / "two")
+    together = records(tmp_path / "two")
     assert len(alone) == len(together) == 3 * (1438 // 256)
     # float32: rounding grows from step to step
     for a, b in zip(alone[:6], together[:6], strict=True):
@@ -157,11 +166,11 @@ def test_an_example_trains_on_one_process_and_on_two_ranks(
     pool: Callable[[int], Pool], data: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [])
-    options = [*EXAMPLE_RUNS[name], "--steps", "3", "--update-every", "1", "--data-dir", str(data), "--no-plot"]
+    options = [*EXAMPLE_RUNS[name], "--steps", "2", "--update-every", "1", "--data-dir", str(data), "--no-plot"]
     alone = trained([*options, "--output", str(tmp_path / "one")])
     parallel = "fsdp2" if name == "gpt" else "ddp"
     together, _ = pool(2).run(trained, [*options, "--parallel", parallel, "--output", str(tmp_path / "two")])
-    assert len(alone) == len(together) == 3
+    assert len(alone) == len(together) == 2
     assert all(r["lr"] > 0 and 0 < r["loss"] < 20 for r in [*alone, *together])
     if name == "gpt":  # no batch norm and no dropout, which see the slices apart
         assert [r["lr"] for r in together] == pytest.approx([r["lr"] for r in alone], rel=1e-3)
@@ -200,8 +209,7 @@ def test_commands_of_the_page_are_understood(
     (tmp_path / "data").symlink_to(data)
     monkeypatch.setattr(sys, "argv", command[command.index("examples/train.py") :])
     arguments, dataset = parse(Ranks(0, size, 0, size, launched=size > 1))
-    assert len(dataset.train_x) > 0
-    assert arguments.model in command
+    assert len(dataset.train_x) >= arguments.batch_size
 
 
 def test_pictures_of_the_pages_are_there() -> None:
