@@ -23,6 +23,9 @@ from gen_dist.undo import put_back
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
+
+    # from torch 2.13 on the old name warns
+    _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 else:  # a build of torch for one process
     FSDPModule = FullyShardedDataParallel = DTensor = type("Absent", (), {})  # type: ignore[misc, assignment]
 
@@ -338,7 +341,7 @@ def _gathered(pieces: list[_Piece], group: dist.ProcessGroup) -> list[Tensor]:
     for place, (part, _, dimension) in zip(flat.split(sizes), pieces, strict=True):
         place[: part.numel()].view(part.movedim(dimension, 0).shape).copy_(part.movedim(dimension, 0))
     gathered = flat.new_empty(ranks * len(flat))
-    dist.all_gather_into_tensor(gathered, flat, group=group)
+    _all_gather(gathered, flat, group=group)
     whole = []
     for rows, (_, shape, dimension) in zip(gathered.view(ranks, -1).split(sizes, dim=1), pieces, strict=True):
         moved = [shape[dimension], *shape[:dimension], *shape[dimension + 1 :]]
@@ -366,7 +369,7 @@ class _Fsdp1Unit(_Unit):
         velocity = self._flat_velocity()
         if self.handle.uses_sharded_strategy:
             gathered = velocity.new_empty(velocity.numel() * self.group.size())
-            dist.all_gather_into_tensor(gathered, velocity, group=self.group)
+            _all_gather(gathered, velocity, group=self.group)
             velocity = gathered
         velocities = self.handle._get_unflat_views(velocity[: flat._unpadded_unsharded_size.numel()])
         for (name, module, _), of_weight in zip(flat._param_infos, velocities, strict=True):

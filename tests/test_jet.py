@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gen_dist.batch import Batch
 from gen_dist.jet import Jet, UnsupportedOperation, derivatives
 from gen_dist.jet_mode import JetMode
+from gen_dist.jet_rules import attention
 from gen_dist.line import Line
 from gen_dist.optimizer import Direction, GroupDirection
 from gen_dist.sharding import Layout
@@ -204,6 +205,10 @@ def layers() -> dict[str, Row]:
         "attention": (F.scaled_dot_product_attention, ATTENTION),
         "attention causal": (lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), ATTENTION),
         "attention scaled": (lambda *qkv: F.scaled_dot_product_attention(*qkv, scale=0.5), ATTENTION),
+        "attention grouped": (
+            lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True),
+            ((2, 4, 4, 8), (2, 2, 4, 8), (2, 2, 4, 8)),
+        ),
         "attention masked": (
             lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=torch.ones(4, 4).tril().bool()),
             ATTENTION,
@@ -292,6 +297,13 @@ REFUSED: dict[str, Row] = {
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scores", [1, 40])
+def test_attention_some_heads_after_others(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES", scores)
+    for name in ("attention", "attention causal", "attention masked"):
+        test_operator(name)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_verified_is_refused_by_name(name: str) -> None:
     function, shapes = REFUSED[name]

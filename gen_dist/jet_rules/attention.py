@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch._ops import OpOverload
 from gen_dist.jet import as_jet, derivatives, wants_acceleration
 from gen_dist.jet_rules.products import matrix_product
 from gen_dist.jet_rules.registry import aten, rule
+
+SCORES = 2**24  # as many are in memory at once, or those of one head
 
 
 @rule(
@@ -22,7 +24,7 @@ from gen_dist.jet_rules.registry import aten, rule
     "_scaled_dot_product_fused_attention_overrideable",
 )
 def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """`softmax(scale q k' + mask) v`, with all scores in memory; of the results a program sees the first alone."""
+    """`softmax(scale q k' + mask) v`, some heads after others; of the results a program sees the first alone."""
     names = [argument.name for argument in operation._schema.arguments]
     given = dict(zip(names[3:], args, strict=False)) | kwargs
     mask, scale = given.get("attn_mask", given.get("attn_bias")), given.get("scale")
@@ -30,20 +32,43 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
     if groups > 1:  # several heads share a key and a value
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     q, k, v = (x.flatten(0, -3) for x in (query, key, value))
+    how = _Settings(
+        1 / math.sqrt(q.size(-1)) if scale is None else scale,
+        given.get("is_causal", False),
+        mask,
+        given.get("dropout_p", 0.0),
+        heads,
+    )
+    at_once = len(q) if mask is not None else max(SCORES // (q.size(1) * k.size(1)), 1)
+    parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
+    mixed = _mixed(q, k, v, how=how) if len(q) <= at_once else torch.cat([_mixed(*some, how=how) for some in parts])
+    return (mixed.unflatten(0, heads), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+
+
+class _Settings(NamedTuple):
+    scale: float
+    causal: bool
+    mask: Any
+    dropout: float
+    heads: torch.Size
+
+
+def _mixed(q: Any, k: Any, v: Any, *, how: _Settings) -> Any:
+    """The attention of some heads, `(heads, time, width)`."""
     scores = matrix_product(aten.bmm.default, q, k.transpose(1, 2))
-    parts = [part for part in derivatives(scores) if part is not None]
-    for part in parts:
-        part.mul_(1 / math.sqrt(q.size(-1)) if scale is None else scale)
-    if given.get("is_causal", False):
-        parts[0].masked_fill_(torch.ones_like(parts[0][0], dtype=torch.bool).triu_(1), -math.inf)
-    if mask is None:
+    for part in derivatives(scores):
+        if part is not None:
+            part.mul_(how.scale)
+    if how.causal:
+        value = derivatives(scores)[0]
+        value.masked_fill_(torch.ones_like(value[0], dtype=torch.bool).triu_(1), -math.inf)
+    if how.mask is None:
         weights = _softmax_in_place(*derivatives(scores))
     else:  # which may hide everything from a position: that one gets zero
-        weights = aten._safe_softmax(torch.add(scores.unflatten(0, heads), mask).flatten(0, -3), -1)
-    if given.get("dropout_p", 0.0):
-        weights = torch.dropout(weights, given["dropout_p"], True)
-    mixed = matrix_product(aten.bmm.default, weights, v)
-    return (mixed.unflatten(0, heads), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+        weights = aten._safe_softmax(torch.add(scores.unflatten(0, how.heads), how.mask).flatten(0, -3), -1)
+    if how.dropout:
+        weights = torch.dropout(weights, how.dropout, True)
+    return matrix_product(aten.bmm.default, weights, v)
 
 
 def _softmax_in_place(x0: Tensor, x1: Tensor | None, x2: Tensor | None) -> Any:
