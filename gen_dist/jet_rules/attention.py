@@ -13,7 +13,8 @@ from gen_dist.jet import as_jet, derivatives, wants_acceleration
 from gen_dist.jet_rules.products import matrix_product
 from gen_dist.jet_rules.registry import aten, rule
 
-SCORES = 2**24  # as many are in memory at once, or those of one head
+# As many scores are in memory at once, or those of one head. On a GPU more, as each part costs launches.
+SCORES, SCORES_ON_CPU = 2**24, 2**20
 
 
 @rule(
@@ -39,7 +40,8 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
         given.get("dropout_p", 0.0),
         heads,
     )
-    at_once = len(q) if mask is not None else max(SCORES // (q.size(1) * k.size(1)), 1)
+    most = SCORES_ON_CPU if q.device.type == "cpu" else SCORES
+    at_once = len(q) if mask is not None else max(most // (q.size(1) * k.size(1)), 1)
     parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
     mixed = _mixed(q, k, v, how=how) if len(q) <= at_once else torch.cat([_mixed(*some, how=how) for some in parts])
     return (mixed.unflatten(0, heads), *(torch.empty(0) for _ in operation._schema.returns[1:]))
