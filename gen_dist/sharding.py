@@ -307,7 +307,7 @@ class _Fsdp2Unit(_Unit):
             weights.setdefault(id(held), (held, sharded))  # tied weights are one
         together: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[Tensor, _Piece]]] = {}
         for weight, sharded in weights.values():
-            velocity = self.velocities[sharded].to(weight.dtype)
+            velocity = self.velocities[sharded].to(weight.device, weight.dtype)  # shards may be offloaded
             # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
             kept = weight.device_mesh.ndim if isinstance(weight, DTensor) else 0
             own = sharded.placements[: len(sharded.placements) - kept]

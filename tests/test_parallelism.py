@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,6 +92,15 @@ def fsdp2(mesh: DeviceMesh | None = None, blocks: bool = True, **arguments: Any)
     return apply
 
 
+def fsdp2_columns(model: Model) -> tuple[nn.Module, int, int]:
+    """Cut along the second dimension where it can be divided evenly, which FSDP2 asks for."""
+
+    def dimension(p: nn.Parameter) -> Shard:
+        return Shard(1 if p.ndim > 1 and p.shape[1] % dist.get_world_size() == 0 else 0)
+
+    return fsdp2(shard_placement_fn=dimension)(model)
+
+
 def fsdp2_nested(model: Model) -> tuple[nn.Module, int, int]:
     for block in model.blocks:
         fully_shard(block.expand)
@@ -135,6 +145,7 @@ KINDS: dict[str, Parallel] = {
     "fsdp2": fsdp2(),
     "fsdp2 root only": fsdp2(blocks=False),
     "fsdp2 nested": fsdp2_nested,
+    "fsdp2 columns": fsdp2_columns,
     "fsdp2 no reshard": fsdp2(reshard_after_forward=False),
     "fsdp2 reshard": fsdp2(reshard_after_forward=True),
     "fsdp2 reshard to 2": fsdp2(reshard_after_forward=2),
