@@ -226,7 +226,7 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     if not dense:
         return True
     # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
-    sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).double() for t in dense])
+    sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in dense])
     return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
