@@ -35,7 +35,8 @@ class Decision(NamedTuple):
 class History(NamedTuple):
     """What a rule remembers: the last rate, averages of `g.d` and `d'Hd`, and how often the ratio set the rate.
 
-    Until it has `started`, every step is an update.
+    Until it has `started`, every step is an update. `age` is the number of steps up to the last update, and `reach`
+    the rate times the square root of the age when the rate settled.
     """
 
     rate: float
@@ -43,6 +44,8 @@ class History(NamedTuple):
     denominator: float = 0.0
     settled: int = 0
     started: bool = False
+    age: int = 0
+    reach: float = 0.0
 
 
 class Rule(Protocol):
@@ -129,8 +132,9 @@ class Auto:
 
     An update at which the direction does not descend multiplies the rate by `shrink`. Where noise has the better of
     the slope, that is where this rate makes no more progress, such updates become frequent (Pflug's test of
-    stationarity, 1990), and so long runs have a falling rate without a horizon. From when it has settled, the rule
-    wants one in `settled_stride` updates.
+    stationarity, 1990), and so long runs have a falling rate without a horizon. A rate that has settled does not fall
+    by this faster than one over the square root of the number of steps, as chance alone would else take it to zero.
+    From when it has settled, the rule wants one in `settled_stride` updates.
 
     With `total_steps`, the rate is also multiplied by a schedule down to zero (`decay`: `"linear"` or `"cosine"`),
     after `warmup_steps` up from it. With `weigh_errors`, a slope or curvature within its standard error over the ranks
@@ -175,11 +179,11 @@ class Auto:
             kept = clamped(history.rate, lr_min, lr_max)
             return Decision(kept, NOT_FINITE), history
         last = history.rate if history.started else self.start * whole_step
-        history = history._replace(started=True)
+        history = history._replace(started=True, age=history.age + steps)
         cap = self.cap * whole_step
         grown = last * self.growth**steps if history.settled < self.settle_after else last
         if reason == SLOPE_NOT_POSITIVE:
-            best = last * self.shrink
+            best = max(last * self.shrink, min(last, history.reach / math.sqrt(history.age)))
         elif reason == SLOPE_UNCERTAIN:
             best = last
         else:  # with no curvature to be seen go on, within the limits
@@ -190,6 +194,8 @@ class Auto:
             if best < grown:
                 history = history._replace(settled=history.settled + 1)
             best = min(best, grown)
+            if history.settled >= self.settle_after and not history.reach:
+                history = history._replace(reach=best * math.sqrt(history.age))
         lr = clamped(best, lr_min, lr_max)
         reason = reason or (ACCEPTED if lr == best else CLAMPED)
         return Decision(lr, reason), history._replace(rate=lr)

@@ -160,3 +160,19 @@ def test_auto_settles_at_its_cap_and_then_wants_fewer_updates() -> None:
     assert strides == [1, 1, 1, 3, 3]
     assert history.rate == pytest.approx(0.02)
     assert Raw().stride(Raw().begin(0.1)) == 1
+
+
+def test_chance_alone_does_not_take_a_settled_rate_to_zero() -> None:
+    """It falls by updates that do not descend, but no faster than one over the square root of the steps."""
+    rule = Auto(start=1e-3, growth=2.0)
+    down, up = measurement(slope=-1.0, curvature=10.0), measurement(slope=1.0, curvature=10.0)
+    history = rule.begin(1.0)
+    for _ in range(20):
+        decision, history = rule.decide(down, history, 1, **FREE)
+    settled, age = decision.lr, history.age
+    assert history.settled >= 3
+    for _ in range(30):
+        decision, history = rule.decide(up, history, 100, **FREE)
+    assert decision.lr < settled
+    assert decision.lr == pytest.approx(history.reach / (age + 30 * 100) ** 0.5)
+    assert history.reach <= settled * age**0.5
