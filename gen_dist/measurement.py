@@ -183,8 +183,17 @@ def check_alike(settings: str, ranks: Ranks) -> None:
 def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor]) -> bool:
     """Whether the gradients may enter the optimizer's state: no NaN or infinity in any shard. Collective for shards."""
     gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
-    bad = torch.tensor(not _all_finite(gradients))
-    return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
+    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    if not gradients and not layout.gradient_is_sharded(parameters):
+        return True
+
+    def finite_everywhere(values: list[Tensor]) -> bool:
+        bad = ~torch.stack([v.isfinite().all() for v in values]).all() if values else torch.tensor(False)
+        return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
+
+    # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
+    sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return finite_everywhere([torch.stack(sums)] if sums else []) or finite_everywhere(gradients)
 
 
 def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
@@ -219,15 +228,6 @@ def _failure(here: Exception | None, ranks: Ranks) -> Exception:
         return here
     who = ", ".join(f"rank {rank} ({text})" for rank, text in enumerate(texts) if text)
     return RuntimeError(f"the loss could not be evaluated on {who}")
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    if not dense:
-        return True
-    # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
-    sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in dense])
-    return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(t).all()) for t in dense)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ def test_the_host_seldom_waits(curvature: str) -> None:
         criterion(model(x), y).backward()
         counts.append(synchronisations(lambda x=x, y=y: scheduler.step(x, y)))  # type: ignore[misc]
         optimizer.step()
-    assert counts[1] == counts[3] == 0, counts
+    assert counts[1] <= 1, counts  # whether the gradients are finite
+    assert counts[3] <= 1, counts
     assert counts[2] <= 4, counts
 
 

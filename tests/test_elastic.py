@@ -70,9 +70,9 @@ def workers_of(launcher: int) -> dict[int, int]:
 
 
 def trace(folder: Path) -> list[tuple[Any, ...]]:
-    """All of a run but the time it took."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [tuple(v for key, v in json.loads(line).items() if "seconds" not in key) for line in lines]
+    """All of a run but the time it took, and the lines drawn on the way: at which steps, its length says."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(v for key, v in r.items() if "seconds" not in key and key != "line") for r in records]
 
 
 def lines_in(path: Path) -> int:
