@@ -310,6 +310,7 @@ def _frame(axes: "Axes", losses: Sequence[float], parabola: Sequence[float]) -> 
         if margin > 0:
             axes.set_ylim(lowest - margin, highest + margin)
     axes.locator_params(nbins=5)
+    axes.ticklabel_format(axis="x", scilimits=(-3, 4))
     axes.yaxis.set_major_formatter("{x:g}")
 
 
