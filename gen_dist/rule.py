@@ -22,6 +22,7 @@ NOT_FINITE = "not finite"
 SLOPE_NOT_POSITIVE = "the direction does not descend"
 SLOPE_UNCERTAIN = "slope within its error"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
+PROMISE_BROKEN = "the loss did not fall as promised"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
 
 
@@ -36,7 +37,8 @@ class History(NamedTuple):
     """What a rule remembers: the last rate, averages of `g.d` and `d'Hd`, and how often the ratio set the rate.
 
     Until it has `started`, every step is an update. `age` is the number of steps up to the last update, and `reach`
-    the rate times the square root of the age when the rate settled.
+    the rate times the square root of the age when the rate settled. `promise` is by how much the loss should fall in a
+    step at this rate, `promised` the sum since the start, where the loss was `first_loss`.
     """
 
     rate: float
@@ -46,6 +48,9 @@ class History(NamedTuple):
     started: bool = False
     age: int = 0
     reach: float = 0.0
+    first_loss: float = 0.0
+    promised: float = 0.0
+    promise: float = 0.0
 
 
 class Rule(Protocol):
@@ -128,7 +133,8 @@ class Auto:
     whatever that is. So the averages of numerator and denominator are divided (`smoothing`), growth is limited
     (`growth` a step), the rate starts and stays small beside the weights (`start` and `cap`, the shares of `|theta|`
     that `|lr d|` may have), and once the ratio or the cap has set it `settle_after` times it may grow no more.
-    Averaged weights do the rest.
+    Averaged weights do the rest. Growth also ends where the loss has not fallen by a share `trust` of what slopes and
+    rates promised, as in a trust region; that is when a pretrained model would be spoiled.
 
     An update at which the direction does not descend multiplies the rate by `shrink`. Where noise has the better of
     the slope, that is where this rate makes no more progress, such updates become frequent (Pflug's test of
@@ -148,6 +154,7 @@ class Auto:
     settle_after: int = 3
     shrink: float = 0.75
     settled_stride: int = 2
+    trust: float = 0.1
     total_steps: int | None = None
     decay: str = "linear"
     warmup_steps: int = 0
@@ -158,6 +165,8 @@ class Auto:
             raise ValueError(f"need 0 <= smoothing < 1, growth >= 1 and 0 < shrink <= 1, got {self}")
         if not (isinstance(self.settled_stride, int) and self.settled_stride >= 1):
             raise ValueError(f"settled_stride must be a whole number of updates, got {self.settled_stride!r}")
+        if not self.trust < 1:
+            raise ValueError(f"need trust < 1, a share of the promised fall, got {self.trust!r}")
         if not 0 < self.start <= self.cap:
             raise ValueError(f"need 0 < start <= cap, got start={self.start}, cap={self.cap}")
         if self.decay not in ("linear", "cosine"):
@@ -179,10 +188,13 @@ class Auto:
             kept = clamped(history.rate, lr_min, lr_max)
             return Decision(kept, NOT_FINITE), history
         last = history.rate if history.started else self.start * whole_step
-        history = history._replace(started=True, age=history.age + steps)
+        history = self._aged(history, parabola.loss, steps)
         cap = self.cap * whole_step
         grown = last * self.growth**steps if history.settled < self.settle_after else last
-        if reason == SLOPE_NOT_POSITIVE:
+        if self._overshot(history, parabola.loss):
+            history = history._replace(settled=self.settle_after)
+            best, reason = last * self.shrink, PROMISE_BROKEN
+        elif reason == SLOPE_NOT_POSITIVE:
             best = max(last * self.shrink, min(last, history.reach / math.sqrt(history.age)))
         elif reason == SLOPE_UNCERTAIN:
             best = last
@@ -194,11 +206,11 @@ class Auto:
             if best < grown:
                 history = history._replace(settled=history.settled + 1)
             best = min(best, grown)
-            if history.settled >= self.settle_after and not history.reach:
-                history = history._replace(reach=best * math.sqrt(history.age))
         lr = clamped(best, lr_min, lr_max)
+        if history.settled >= self.settle_after and not history.reach:
+            history = history._replace(reach=lr * math.sqrt(history.age))
         reason = reason or (ACCEPTED if lr == best else CLAMPED)
-        return Decision(lr, reason), history._replace(rate=lr)
+        return Decision(lr, reason), history._replace(rate=lr, promise=max(-parabola.slope * lr / 2, 0.0))
 
     def stride(self, history: History) -> int:
         return self.settled_stride if history.settled >= self.settle_after else 1
@@ -209,6 +221,16 @@ class Auto:
             return rise
         done = min(max(step - self.warmup_steps, 0) / (self.total_steps - self.warmup_steps), 1.0)
         return rise * (1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+    def _aged(self, history: History, loss: float, steps: int) -> History:
+        first_loss = history.first_loss if history.started else loss
+        promised = history.promised + steps * history.promise
+        return history._replace(started=True, age=history.age + steps, first_loss=first_loss, promised=promised)
+
+    def _overshot(self, history: History, loss: float) -> bool:
+        """Whether a growing rate has broken its promises, once they are a good part of the loss."""
+        growing, matters = history.settled < self.settle_after, history.promised > 0.25 * abs(history.first_loss)
+        return growing and matters and history.first_loss - loss < self.trust * history.promised
 
     def _reason(self, seen: Measurement) -> str | None:
         parabola, reason = seen.parabola, whats_wrong(seen.parabola)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -84,8 +85,11 @@ FREE = {"lr_min": 0.0, "lr_max": INF}
 
 
 def rates_of(rule: Auto, ratios: list[float | None], steps: int = 8, history: History | None = None) -> list[Decision]:
-    """Decisions on parabolas of these ratios; None is one without curvature, a negative ratio one that ascends."""
-    history = history or History(123.0)
+    """Decisions on parabolas of these ratios; None is one without curvature, a negative ratio one that ascends.
+
+    The loss stays as it is, which no promise must be held against.
+    """
+    history, rule = history or History(123.0), replace(rule, trust=-math.inf)
     decisions = []
     for ratio in ratios:
         seen = measurement(-1.0, 0.0) if ratio is None else measurement(-math.copysign(1.0, ratio), 1 / abs(ratio))
@@ -176,3 +180,22 @@ def test_chance_alone_does_not_take_a_settled_rate_to_zero() -> None:
     assert decision.lr < settled
     assert decision.lr == pytest.approx(history.reach / (age + 30 * 100) ** 0.5)
     assert history.reach <= settled * age**0.5
+
+
+def after(rates_kept: float, rule: Auto) -> tuple[Decision, History]:
+    """Growing by 2 a step over lines that promise a fall of a tenth of the rate each, of which a share comes true."""
+    history, loss = rule.begin(1.0), 1.0
+    for _ in range(12):
+        decision, history = rule.decide(measurement(slope=-0.2, curvature=1e-9, loss=loss), history, 1, **FREE)
+        loss -= rates_kept * 0.1 * decision.lr
+    return decision, history
+
+
+def test_growth_ends_where_the_loss_does_not_fall_as_promised() -> None:
+    rule = Auto(start=1e-3, growth=2.0, cap=1e9)
+    kept, broken = after(0.5, rule), after(0.0, rule)
+    assert kept[0].lr == pytest.approx(1e-3 * 2**12)
+    assert broken[1].settled >= 3
+    # 0.1 (2 + 4 + ... + 2^n) 1e-3 is more than a quarter of the loss from n = 11 on
+    assert broken[0].lr == pytest.approx(0.75 * 1e-3 * 2**11)
+    assert after(0.0, replace(rule, trust=-1.0))[0].lr == pytest.approx(1e-3 * 2**12)
