@@ -144,7 +144,7 @@ def _line(
     model: nn.Module, optimizer: Optimizer, slices: Sequence[Batch], weight: float, process_group: ProcessGroup | None
 ) -> tuple[Line, Ranks]:
     layout = Layout(model)
-    ranks = Ranks(process_group if process_group is not None else layout.process_group)
+    ranks = layout.ranks(process_group)
     return Line(layout, _direction(optimizer, layout, ranks, weight), slices), ranks
 
 

@@ -97,8 +97,7 @@ class AveragedWeights:
         The structure is always the same, as `torch.distributed.checkpoint` needs it: it loads in place. What FSDP1
         averages has no placement, and stands under its rank: it loads on as many ranks only.
         """
-        nothing = [] if self.count else [_precise(torch.zeros_like(sharding.local(p))) for p in self.parameters]
-        averages = self.average or nothing
+        averages = self.average or [_precise(torch.zeros_like(sharding.local(p))) for p in self.parameters]
         pairs = zip(averages, self.parameters, strict=True)
         placed = [sharding.placed_like(a.clone(), p).detach() for a, p in pairs]
         return {"count": self.count, "average": {_here(): placed} if self.layout.fsdp1 else placed}

@@ -116,9 +116,7 @@ def reduce(
                 loss = measured[-1][:, 0]  # all start at the same point
             phi = torch.stack(measured)
     except Exception as error:
-        if lines[0].layout.forward_communicates:  # the others wait in a gather, and would take a reduction for it
-            raise
-        failure = error
+        failure = _told_in_the_reduction(error, lines[0].layout)
     bends = request.estimator.slope_and_curvature(phi, request.distance).square()
     extra = torch.tensor(shares, dtype=torch.float64, device=phi.device)
     own = torch.cat([phi.mean(1).flatten(), bends.mean(1).flatten(), extra])
@@ -134,8 +132,7 @@ def reduce(
     if failed:
         raise _failure(failure, ranks)
     if count * marks2 != marks**2:
-        said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(ranks.texts(request.settings)))
-        raise ValueError(f"the ranks disagree on settings, which must be the same: {said}")
+        raise _disagreement(ranks.texts(request.settings))
     averages = [value / total if total else math.nan for value in rest[: len(own)]]
     ends = [3 * len(lines), 5 * len(lines)]
     return Reduced(
@@ -156,9 +153,7 @@ def losses_together(line: Line, rates: Sequence[float], ranks: Ranks, weight: fl
         if line.batches and weight:
             values = line.losses(rates).mean(0) * weight
     except Exception as error:
-        if line.layout.forward_communicates:
-            raise
-        failure = error
+        failure = _told_in_the_reduction(error, line.layout)
     host = torch.tensor([weight, failure is not None], dtype=torch.float64, device=values.device)
     total, failed, *sums = ranks.sum(torch.cat([host, values])).tolist()
     if failed:
@@ -176,8 +171,7 @@ def check_alike(settings: str, ranks: Ranks) -> None:
     """Raise `ValueError` on every rank unless all say the same. Collective."""
     texts = ranks.texts(settings)
     if len(set(texts)) > 1:
-        said = "; ".join(f"rank {rank}: {text:.200}" for rank, text in enumerate(texts))
-        raise ValueError(f"the ranks disagree on settings, which must be the same: {said}")
+        raise _disagreement([f"{text:.200}" for text in texts])
 
 
 def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor]) -> bool:
@@ -219,6 +213,18 @@ def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool
 def _standard_error(variance: float, count: float) -> float:
     """Of a mean of `count` values of this variance, with the bias of a small sample taken out."""
     return math.sqrt(max(variance, 0.0) / (count - 1)) if count > 1.001 else math.nan
+
+
+def _disagreement(texts: Sequence[str]) -> ValueError:
+    said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+    return ValueError(f"the ranks disagree on settings, which must be the same: {said}")
+
+
+def _told_in_the_reduction(error: Exception, layout: Layout) -> Exception:
+    """The error, to go on with; raised where the others wait in a gather, and would take a reduction for it."""
+    if layout.forward_communicates:
+        raise error
+    return error
 
 
 def _failure(here: Exception | None, ranks: Ranks) -> Exception:

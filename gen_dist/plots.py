@@ -10,7 +10,7 @@ All raise `ValueError` where there is nothing to draw, and `ImportError` without
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,20 +72,12 @@ class Line(NamedTuple):
 
 def loss_figure(records: "Records") -> "Figure":
     """The training loss over the steps, and its running mean."""
-    records = _records(records)
-    with _style():
-        figure = _figure(6, 3.2)
-        _draw_loss(figure.add_subplot(), records)
-    return figure
+    return _one_panel(_draw_loss, _records(records))
 
 
 def rate_figure(records: "Records") -> "Figure":
     """The learning rate over the steps, and what became of each update: accepted, clamped, shortened or declined."""
-    records = _records(records)
-    with _style():
-        figure = _figure(6, 3.2)
-        _draw_rate(figure.add_subplot(), records)
-    return figure
+    return _one_panel(_draw_rate, _records(records))
 
 
 def line_figure(records: "Records | Iterable[Line]") -> "Figure":
@@ -120,14 +112,15 @@ def training_figure(records: "Records", lines: Iterable[Line] = ()) -> "Figure":
 
 def suggestion_figure(suggestion: "Suggestion") -> "Figure":
     """What `suggest_lr` saw: the true line over all rates that it tried, and near its rate against the parabola."""
-    near = suggestion.rate is not None
+    rate = suggestion.rate
+    near = rate is not None
     if not (suggestion.scan.rates or near):
         raise ValueError(f"there is nothing to draw: {suggestion!r}")
     with _style():
         figure = _figure(10 if near else 5.5, 3.8)
         _draw_scan(figure.add_subplot(1, 2 if near else 1, 1), suggestion)
-        if near:
-            _draw_suggested(figure.add_subplot(1, 2, 2), suggestion)
+        if rate is not None:
+            _draw_suggested(figure.add_subplot(1, 2, 2), suggestion, rate)
         _legend_below(figure, figure.axes)
     return figure
 
@@ -136,6 +129,13 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _one_panel(draw: "Callable[[Axes, Sequence[Record]], None]", records: Sequence[Record]) -> "Figure":
+    with _style():
+        figure = _figure(6, 3.2)
+        draw(figure.add_subplot(), records)
+    return figure
 
 
 def _style() -> AbstractContextManager[None]:
@@ -241,15 +241,20 @@ def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
 
 def _draw_lines(figure: "Figure", panels: Sequence["Axes"], lines: Sequence[Line]) -> None:
     for axes, line in zip(panels, lines, strict=True):
-        _draw_curve(axes, line.learning_rates, line.losses)
-        axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
-        _draw_choice(axes, line.chosen, line.lr_min, line.lr_max, line.learning_rates)
-        axes.set(title=f"Step {line.step:,}", xlabel="learning rate")
-        _frame(axes, line.losses, line.parabola)
-        _draw_minimum(axes, line.minimum, min(line.parabola))
+        _draw_line(axes, line, f"Step {line.step:,}", min(line.parabola))
     if panels:
         panels[0].set_ylabel("loss along the direction")
         _legend_below(figure, panels)
+
+
+def _draw_line(axes: "Axes", line: Line, title: str, lowest: float) -> None:
+    """The true loss and its parabola, whose minimum has the loss `lowest`."""
+    _draw_curve(axes, line.learning_rates, line.losses)
+    axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
+    _draw_choice(axes, line.chosen, line.lr_min, line.lr_max, line.learning_rates)
+    axes.set(title=title, xlabel="learning rate")
+    _frame(axes, line.losses, line.parabola)
+    _draw_minimum(axes, line.minimum, lowest)
 
 
 def _draw_scan(axes: "Axes", suggestion: "Suggestion") -> None:
@@ -266,16 +271,12 @@ def _draw_scan(axes: "Axes", suggestion: "Suggestion") -> None:
         axes.set_ylim(min(*finite, suggestion.loss) - 0.15 * fall, suggestion.loss + fall)
 
 
-def _draw_suggested(axes: "Axes", suggestion: "Suggestion") -> None:
+def _draw_suggested(axes: "Axes", suggestion: "Suggestion", rate: float) -> None:
     rates, losses = suggestion.line
     loss, slope, curvature = suggestion.loss, suggestion.slope, suggestion.curvature
     parabola = [loss + slope * a + curvature * a**2 / 2 for a in rates]
-    _draw_curve(axes, rates, losses)
-    axes.plot(rates, parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
-    _draw_choice(axes, suggestion.rate, suggestion.lr_min, suggestion.lr_max, rates)
-    axes.set(title=f"Near the suggested {suggestion.rate:.3g}", xlabel="learning rate")
-    _frame(axes, losses, parabola)
-    _draw_minimum(axes, suggestion.minimum, loss + slope * (suggestion.minimum or 0.0) / 2)
+    line = Line(0, rates, losses, parabola, rate, suggestion.minimum, suggestion.lr_min, suggestion.lr_max)
+    _draw_line(axes, line, f"Near the suggested {rate:.3g}", loss + slope * (suggestion.minimum or 0.0) / 2)
 
 
 def _draw_curve(axes: "Axes", rates: Sequence[float], losses: Sequence[float]) -> None:

@@ -94,6 +94,12 @@ def clamped(rate: float, lr_min: float, lr_max: float) -> float:
     return min(max(rate, lr_min), lr_max)
 
 
+def check_clamp(lr_min: float, lr_max: float) -> None:
+    """Raise `ValueError` for bounds that no rate lies between."""
+    if not 0 <= lr_min <= lr_max:
+        raise ValueError(f"need 0 <= lr_min <= lr_max, got lr_min={lr_min!r}, lr_max={lr_max!r}")
+
+
 @dataclass(frozen=True)
 class Raw:
     """The rate at the parabola's minimum, `a* = (g.d) / (d'Hd)`, clamped (equation 2.4 of GeN).

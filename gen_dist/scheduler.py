@@ -16,13 +16,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from gen_dist import drift
 from gen_dist.averaging import AveragedWeights, Averaging
 from gen_dist.batch import Batch, Criterion, as_batches
-from gen_dist.collectives import Ranks
 from gen_dist.curvature import estimator
 from gen_dist.group_rates import GroupHistory, decide_ratios, measure_system
 from gen_dist.line import Line
 from gen_dist.measurement import Measurement, Request, gradients_are_finite, losses_together, measure
 from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
-from gen_dist.rule import ACCEPTED, CLAMPED, CURVATURE_IN_ROUNDING, SHORTENED, Auto, Decision, History, Raw, Rule
+from gen_dist.rule import (
+    ACCEPTED,
+    CLAMPED,
+    CURVATURE_IN_ROUNDING,
+    SHORTENED,
+    Auto,
+    Decision,
+    History,
+    Raw,
+    Rule,
+    check_clamp,
+)
 from gen_dist.sharding import Layout
 from gen_dist.signal import check_optimizer, gradient_noise
 from gen_dist.undo import whole
@@ -132,7 +142,7 @@ class GenScheduler(LRScheduler):
         self.group_rates = "diagonal" if group_rates and curvature == "forward" else group_rates
         self.verify, self.signal, self.check_every = verify, signal, check_every
         self.layout = Layout(model)
-        self.ranks = Ranks(process_group if process_group is not None else self.layout.process_group)
+        self.ranks = self.layout.ranks(process_group)
         self.base_lrs: list[float | Tensor] = []
         self._groups: GroupHistory | None = None
         self._adopt_new_groups()
@@ -623,8 +633,7 @@ def _check_arguments(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable as criterion(model(x), y), got {criterion!r}")
-    if not 0 <= lr_min <= lr_max:
-        raise ValueError(f"need 0 <= lr_min <= lr_max, got lr_min={lr_min!r}, lr_max={lr_max!r}")
+    check_clamp(lr_min, lr_max)
     if not (isinstance(update_every, int) and update_every >= 1):
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")
     if group_rates not in (False, True, "diagonal"):

@@ -82,6 +82,10 @@ class Layout:
         groups += [m.process_group for m in self.fsdp1 if "HYBRID" not in m.sharding_strategy.name]
         return groups[0] if groups else None
 
+    def ranks(self, process_group: dist.ProcessGroup | None = None) -> Ranks:
+        """The ranks that train together: of the group that the user names, or else of the wrapper's."""
+        return Ranks(process_group if process_group is not None else self.process_group)
+
     # --------------------------------------------------------------------------------------- gradients
 
     def needs_averaging(self, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -38,7 +38,7 @@ from gen_dist.measurement import (
     raise_together,
 )
 from gen_dist.optimizer import Direction, direction_without_trace
-from gen_dist.rule import ACCEPTED, CLAMPED, NOT_FINITE, SLOPE_NOT_POSITIVE, clamped, whats_wrong
+from gen_dist.rule import ACCEPTED, CLAMPED, NOT_FINITE, SLOPE_NOT_POSITIVE, check_clamp, clamped, whats_wrong
 from gen_dist.sharding import Layout
 from gen_dist.undo import gradients_kept, whole
 
@@ -185,7 +185,7 @@ def suggest_lr(
     several = held_out if isinstance(held_out, list) else [held_out]
     probed = slices if held_out is None else as_batches(model, criterion, batches=several, call=call)
     layout = Layout(model)
-    ranks = Ranks(process_group if process_group is not None else layout.process_group)
+    ranks = layout.ranks(process_group)
     settings = f"{lr_min=}, {lr_max=}, {curvature=}, {len(slices)} batch(es), {len(probed)} probed"
     check_alike(settings, ranks)
 
@@ -352,8 +352,7 @@ def _check_arguments(optimizer: Any, weight: Any, lr_min: Any, lr_max: Any, curv
         raise TypeError(
             f"suggest_lr(model, optimizer, ...) takes a torch.optim.Optimizer second, got {type(optimizer).__name__}"
         )
-    if not 0 <= lr_min <= lr_max:
-        raise ValueError(f"need 0 <= lr_min <= lr_max, got lr_min={lr_min!r}, lr_max={lr_max!r}")
+    check_clamp(lr_min, lr_max)
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"weight must be a positive number, this rank's share of the batch, got {weight!r}")
     if curvature not in ("exact", "forward"):

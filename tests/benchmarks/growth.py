@@ -28,11 +28,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from update_cost import Iteration, keep_freed_memory, seconds
+from update_cost import ESTIMATORS, Iteration, keep_freed_memory, seconds, training
 
-import gen_dist as gen
-
-METHODS = {"one probe": {"curvature": "forward", "probes": 1}, "exact": {"curvature": "exact"}}
+METHODS = ["one probe", "exact"]
 Times = dict[str, list[float]]
 LAYERS = 4
 
@@ -48,22 +46,8 @@ def iteration(parameters: int, batch: int, kind: str, method: str, update_every:
             fully_shard(layer)
         fully_shard(model)
     x, y = torch.randn(batch, width), torch.randn(batch, width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    scheduler = None
-    if method != "plain":
-        optimizer = gen.as_gen_optimizer(optimizer)
-        how = METHODS[method]
-        scheduler = gen.GenScheduler(optimizer, model, F.mse_loss, lr_max=1e-5, update_every=update_every, **how)  # type: ignore[arg-type]
-
-    def one() -> None:
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        if scheduler is not None:
-            scheduler.step(x, y, loss=loss)
-        optimizer.step()
-
-    return one
+    how = None if method == "plain" else ESTIMATORS[method] | {"update_every": update_every}
+    return training(model, F.mse_loss, x, y, how)
 
 
 def times(parameters: int, batch: int, kind: str, update_every: int, rounds: int) -> Times:

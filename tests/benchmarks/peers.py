@@ -106,13 +106,12 @@ def iteration(peer: str, model: nn.Module, criterion: Criterion, x: Tensor, y: T
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             return sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(product(d), d, strict=True)).item()  # type: ignore[union-attr]
 
-    def run() -> float:
+    def run() -> None:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.compute_param_updates()
-        found = curvature(product)
+        curvature(product)
         optimizer.step()
-        return found
 
     optimizer.zero_grad()
     criterion(model(x), y).backward()
@@ -125,11 +124,7 @@ def iteration(peer: str, model: nn.Module, criterion: Criterion, x: Tensor, y: T
     if abs(found - true) > TOLERANCE * abs(true):
         raise Unable(f"its d'Hd is {found:.6g}, double backward's {true:.6g}")
     print(f"      {peer:<18} d'Hd {found:.6g}, double backward {true:.6g}")
-
-    def one() -> None:
-        run()
-
-    return one
+    return run
 
 
 def gen_optim(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Callable[[], None]:

@@ -16,6 +16,8 @@ from typing import Any
 from quality_methods import AVERAGED, GRID, LAST, UNTUNED_METHODS
 from quality_tasks import TASKS
 
+from gen_dist.plots import BLUE, GREEN, ORANGE, STYLE, VERMILION
+
 Record = dict[str, Any]
 Row = tuple[str, list[str], str]  # title, methods of which the best counts, the reading
 
@@ -155,14 +157,9 @@ def line(cells: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------------ the plot
 
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the markers differ as well.
-LOOKS = dict(
-    zip(
-        TASKS,
-        [("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "D"), ("#D55E00", "^"), ("#CC79A7", "v"), ("#56B4E9", "P")],
-        strict=True,
-    )
-)
+# The colours of gen_dist.plots and two more of the same palette; the markers differ as well.
+COLORS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9")
+LOOKS = dict(zip(TASKS, zip(COLORS, "osD^vP", strict=True), strict=True))
 
 
 def draw(records: list[Record], seeds: list[int], path: Path) -> str:
@@ -172,13 +169,10 @@ def draw(records: list[Record], seeds: list[int], path: Path) -> str:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=[3, 2])
-    draw_gaps(left, Results(records, seeds))
-    draw_rates(right, records)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E6E6E6", linewidth=0.7)
-        axes.set_axisbelow(True)
+    with plt.rc_context(STYLE | {"axes.axisbelow": True}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=[3, 2])
+        draw_gaps(left, Results(records, seeds))
+        draw_rates(right, records)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(TASKS), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -24,9 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent)]
 from models import GPT
-from update_cost import keep_freed_memory, token_cross_entropy
-
-import gen_dist as gen
+from update_cost import ESTIMATORS, keep_freed_memory, token_cross_entropy, training
 
 
 class Machine(NamedTuple):
@@ -123,13 +121,7 @@ def check() -> None:
     keep_freed_memory()
     dist.init_process_group("gloo")
     layers, width, sequence, batch = 4, 384, 64, 8
-    methods = {
-        "plain": None,
-        "one probe": {"curvature": "forward", "probes": 1},
-        "two probes": {"curvature": "forward", "probes": 2},
-        "gauss-newton": {"curvature": "gauss-newton"},
-        "exact": {"curvature": "exact"},
-    }
+    methods = {"plain": None, **ESTIMATORS}
     tokens = torch.randint(0, 96, (batch, sequence + 1))
     x, y = tokens[:, :-1], tokens[:, 1:]
     iterations: dict[str, Callable[[], None]] = {}
@@ -140,21 +132,7 @@ def check() -> None:
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-        scheduler = None
-        if how is not None:
-            optimizer = gen.as_gen_optimizer(optimizer)
-            scheduler = gen.GenScheduler(optimizer, model, token_cross_entropy, lr_max=1e-5, **how)  # type: ignore[arg-type]
-
-        def iteration(model=model, optimizer=optimizer, scheduler=scheduler) -> None:  # type: ignore[no-untyped-def]
-            optimizer.zero_grad()
-            loss = token_cross_entropy(model(x), y)
-            loss.backward()
-            if scheduler is not None:
-                scheduler.step(x, y, loss=loss)
-            optimizer.step()
-
-        iterations[method] = iteration
+        iterations[method] = training(model, token_cross_entropy, x, y, how)
     job = Job(size, layers, width, sequence, batch * sequence, dist.get_world_size(), 4)
     machine = machine_here(job)
     expected = predicted(machine, job)

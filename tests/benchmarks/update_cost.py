@@ -44,6 +44,7 @@ from gen_dist.batch import Batch
 from gen_dist.line import Line
 
 Iteration = Callable[[], None]
+Options = dict[str, Any]  # of a GenScheduler
 
 
 def problem(name: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
@@ -71,41 +72,43 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def plain(name: str) -> Iteration:
-    model, criterion, x, y = problem(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def iteration() -> None:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    return iteration
-
-
-def scheduled(name: str, **arguments: Any) -> Iteration:
-    model, criterion, x, y = problem(name)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, lr_max=1e-4, **arguments)
+def training(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, how: Options | None = None
+) -> Iteration:
+    """An iteration of AdamW: plain, or with an update by `GenScheduler`, whose options are `how`."""
+    optimizer, scheduler = torch.optim.AdamW(model.parameters(), lr=1e-5), None
+    if how is not None:
+        scheduler = gen.GenScheduler(gen.as_gen_optimizer(optimizer), model, criterion, lr_max=1e-5, **how)
 
     def iteration() -> None:
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         loss.backward()
-        scheduler.step(x, y, loss=loss)
+        if scheduler is not None:
+            scheduler.step(x, y, loss=loss)
         optimizer.step()
 
     return iteration
 
 
+def scheduled(name: str, estimator: str, update_every: int = 1) -> Iteration:
+    return training(*problem(name), ESTIMATORS[estimator] | {"update_every": update_every})
+
+
+ESTIMATORS: dict[str, Options] = {
+    "one probe": {"curvature": "forward", "probes": 1},
+    "two probes": {"curvature": "forward", "probes": 2},
+    "gauss-newton": {"curvature": "gauss-newton"},
+    "exact": {"curvature": "exact"},
+}
 METHODS: dict[str, Callable[[str], Iteration]] = {
-    "plain": plain,
-    "one probe": lambda name: scheduled(name, curvature="forward", probes=1),
-    "one probe, every 8": lambda name: scheduled(name, curvature="forward", probes=1, update_every=8),
-    "two probes": lambda name: scheduled(name, curvature="forward", probes=2),
-    "gauss-newton": lambda name: scheduled(name, curvature="gauss-newton"),
-    "exact": lambda name: scheduled(name, curvature="exact"),
-    "exact, every 8": lambda name: scheduled(name, curvature="exact", update_every=8),
+    "plain": lambda name: training(*problem(name)),
+    "one probe": lambda name: scheduled(name, "one probe"),
+    "one probe, every 8": lambda name: scheduled(name, "one probe", 8),
+    "two probes": lambda name: scheduled(name, "two probes"),
+    "gauss-newton": lambda name: scheduled(name, "gauss-newton"),
+    "exact": lambda name: scheduled(name, "exact"),
+    "exact, every 8": lambda name: scheduled(name, "exact", 8),
     **{peer: lambda name, peer=peer: peers.iteration(peer, *problem(name)) for peer in peers.PEERS},  # type: ignore[misc]
 }
 MODELS = ["mlp", "cnn", "cnn-bn", "gpt"]
@@ -214,7 +217,7 @@ def timing_parts(times: dict[str, float]) -> Iterator[None]:
 def print_profile(name: str, methods: list[str], rounds: int) -> None:
     """Milliseconds an iteration by part, medians; then the operators of one update that take the most time."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    base, (model, criterion, x, y) = plain(name), problem(name)
+    base, (model, criterion, x, y) = METHODS["plain"](name), problem(name)
     iterations = {}
     for method in methods:
         with timing_parts(defaultdict(float)):  # bound methods are looked up at the call
