@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -71,8 +70,7 @@ def source_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the source archive alone."""
     folder = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(source_archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(source_archive, folder)
     [source] = folder.iterdir()
     return source / run(sys.executable, "-c", BUILD, "wheel", ".", cwd=source)
 
