@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ class GenScheduler(LRScheduler):
         if average is not False:
             averaging = average if isinstance(average, Averaging) else Averaging()
             self.average = AveragedWeights(self.layout, weights, averaging)
-            optimizer.register_step_post_hook(self._after_step)
+            optimizer.register_step_post_hook(_weakly(self._after_step))
         self._step_pending = False  # whether the next optimizer step belongs to this scheduler's last
         self._direction_loaded = False  # whether the state loaded since the last step came with a held direction
         self._warned = False
@@ -395,8 +396,8 @@ class GenScheduler(LRScheduler):
 
     # --------------------------------------------------------------------------------------- averaged weights
 
-    def _after_step(self, *_: Any) -> None:
-        """A hook of the optimizer: steps that others make, to see or to fill its state, are left alone."""
+    def _after_step(self) -> None:
+        """After a step of the optimizer: steps that others make, to see or to fill its state, are left alone."""
         if self._step_pending and self.average is not None:
             self._step_pending = False
             self.average.update()
@@ -587,6 +588,17 @@ class AutoGen(GenScheduler):
             check_every=check_every,
             process_group=process_group,
         )
+
+
+def _weakly(method: Callable[[], None]) -> Callable[..., None]:
+    """A hook that does not keep its scheduler alive: a DDP model in a cycle would outlive its process group."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*_: Any) -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    return hook
 
 
 def _checked_weight(weight: Any) -> float:

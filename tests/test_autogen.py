@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +231,19 @@ def test_averages_that_are_not_there_say_so() -> None:
     plain = gen.ExactGen(scheduler.optimizer, scheduler.model)
     with pytest.raises(ValueError, match="average=True"), plain.averaged():
         pass
+
+
+def test_a_scheduler_with_averages_goes_as_soon_as_nobody_holds_it() -> None:
+    """A cycle would keep a DDP model beyond its process group, and processes have aborted at their end for it."""
+    scheduler, x, y = small_problem()
+    steps(scheduler, x, y, 3)
+    there = weakref.ref(scheduler)
+    gc.disable()
+    try:
+        del scheduler
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------- uncertainty from ranks
