@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -74,6 +75,7 @@ class Layout:
         self.fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
         self.flat = {id(p): unit for unit in self.fsdp1 for p in _fsdp1_parameters(unit)}
         self.wrapped = {id(p) for m in (*self.ddp, *self.fsdp1) for p in m.parameters()} | self.flat.keys()
+        self._plans: dict[nn.Module, dict[DTensor, _Whole]] = {}
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -186,8 +188,11 @@ class Layout:
             for name, parameter in own.items():
                 if unit is not None and isinstance(parameter, DTensor) and parameter in velocities:
                     found.add(id(parameter))
-                    of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities))
+                    of_unit = fsdp2.setdefault(unit, _Fsdp2Unit(unit, velocities, self._plans))
                     of_unit.weights.append((module, name, parameter))
+        in_order = [fsdp2[module] for module in self._plans if module in fsdp2]
+        for of_unit, following in itertools.pairwise(in_order):
+            of_unit.following = following
         return [*units, *fsdp2.values()], found
 
 
@@ -295,37 +300,75 @@ class _Unit:
             )
 
 
+class _Whole(NamedTuple):
+    """What a unit's weight is while the unit runs."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    cut: tuple[int, int] | None  # the dimensions of the mesh and of the weight that FSDP2 cuts along
+
+
 class _Fsdp2Unit(_Unit):
-    def __init__(self, module: nn.Module, velocities: Mapping[Tensor, Tensor]) -> None:
+    """Of the velocities, those of the unit that runs next are on their way while this one computes.
+
+    Which one that is, and what its weights are when whole, is known from an earlier run: `plans`, in the order in which
+    units ran first.
+    """
+
+    def __init__(
+        self, module: nn.Module, velocities: Mapping[Tensor, Tensor], plans: dict[nn.Module, dict[DTensor, _Whole]]
+    ) -> None:
         super().__init__(module, velocities)
         self.weights: list[tuple[nn.Module, str, DTensor]] = []
+        self.plans = plans
+        self.gathers: list[_Gather] = []
+        self.following: _Fsdp2Unit | None = None
 
     def moves(self) -> bool:
         return bool(self.weights)
 
     def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
-        weights: dict[int, tuple[Tensor, DTensor]] = {}
-        for module, name, sharded in self.weights:
-            held = module._parameters[name]
-            assert held is not None
-            weights.setdefault(id(held), (held, sharded))  # tied weights are one
-        together: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[Tensor, _Piece]]] = {}
-        for weight, sharded in weights.values():
-            velocity = self.velocities[sharded].to(weight.device, weight.dtype)  # shards may be offloaded
-            # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
-            kept = weight.device_mesh.ndim if isinstance(weight, DTensor) else 0
-            own = sharded.placements[: len(sharded.placements) - kept]
-            cut = [dimension for dimension, placement in enumerate(own) if not placement.is_replicate()]
-            if not cut:
-                yield weight, velocity
-                continue
-            assert len(cut) == 1, "FSDP2 shards over one dimension of its mesh"
-            piece = _Piece(velocity, local(weight).shape, cast("Shard", own[cut[0]]).dim)
-            group = sharded.device_mesh.get_group(cut[0])
-            together.setdefault((group, weight.dtype), []).append((weight, piece))
-        for (group, _), members in together.items():
-            whole = _gathered([piece for _, piece in members], group)
-            yield from zip((weight for weight, _ in members), whole, strict=True)
+        held = {sharded: cast(Tensor, module._parameters[name]) for module, name, sharded in self.weights}
+        if not self.is_planned():
+            self.plans[self.module] = {sharded: _whole(weight, sharded) for sharded, weight in held.items()}
+        if not self.gathers:
+            self.begin()
+        for gather in self.gathers:
+            yield from zip((held[sharded] for sharded in gather.sharded), gather.whole(), strict=True)
+        self.gathers = []
+        for sharded, how in self.plans[self.module].items():
+            if how.cut is None:
+                yield held[sharded], self._velocity(sharded, how)
+        following = self.following
+        if following is not None and not following.gathers and following.is_planned():
+            following.begin()
+
+    def is_planned(self) -> bool:
+        return self.plans.get(self.module, {}).keys() == {sharded for _, _, sharded in self.weights}
+
+    def begin(self) -> None:
+        """Begin to gather: one gather for each dtype and group, that is one. Collective."""
+        together: dict[tuple[dist.ProcessGroup, torch.dtype], dict[DTensor, _Piece]] = {}
+        for sharded, how in self.plans[self.module].items():
+            if how.cut is not None:
+                of_mesh, dimension = how.cut
+                group = sharded.device_mesh.get_group(of_mesh)
+                piece = _Piece(self._velocity(sharded, how), how.shape, dimension)
+                together.setdefault((group, how.dtype), {})[sharded] = piece
+        self.gathers = [_Gather(pieces, group) for (group, _), pieces in together.items()]
+
+    def _velocity(self, sharded: DTensor, how: _Whole) -> Tensor:
+        return self.velocities[sharded].to(how.device, how.dtype)  # shards may be offloaded
+
+
+def _whole(weight: Tensor, sharded: DTensor) -> _Whole:
+    # a weight that is still a DTensor is one of tensor parallelism, on the last dimensions of the mesh
+    kept = weight.device_mesh.ndim if isinstance(weight, DTensor) else 0
+    own = sharded.placements[: len(sharded.placements) - kept]
+    cuts = [(of_mesh, cast("Shard", p).dim) for of_mesh, p in enumerate(own) if not p.is_replicate()]
+    assert len(cuts) <= 1, "FSDP2 shards over one dimension of its mesh"
+    return _Whole(local(weight).shape, weight.dtype, weight.device, cuts[0] if cuts else None)
 
 
 class _Piece(NamedTuple):
@@ -336,24 +379,36 @@ class _Piece(NamedTuple):
     dimension: int
 
 
-def _gathered(pieces: list[_Piece], group: dist.ProcessGroup) -> list[Tensor]:
-    """The whole tensors, of one dtype, by one gather. Collective."""
-    ranks, sizes = group.size(), []
-    for _, shape, dimension in pieces:  # the last ranks may have less than the first, or nothing: padded
-        sizes.append(-(-shape[dimension] // ranks) * (shape.numel() // max(shape[dimension], 1)))
-    flat = pieces[0].part.new_zeros(sum(sizes))
-    for place, (part, _, dimension) in zip(flat.split(sizes), pieces, strict=True):
-        place[: part.numel()].view(part.movedim(dimension, 0).shape).copy_(part.movedim(dimension, 0))
-    gathered = flat.new_empty(ranks * len(flat))
-    _all_gather(gathered, flat, group=group)
-    whole = []
-    for rows, (_, shape, dimension) in zip(gathered.view(ranks, -1).split(sizes, dim=1), pieces, strict=True):
-        moved = [shape[dimension], *shape[:dimension], *shape[dimension + 1 :]]
-        own = rows.clone(memory_format=torch.contiguous_format).view(-1)
-        whole.append(own[: shape.numel()].view(moved).movedim(0, dimension))
-    for buffer in (flat, gathered):  # which the backend's own thread may hold for a while
-        buffer.untyped_storage().resize_(0)
-    return whole
+class _Gather:
+    """The pieces of tensors of one dtype, on their way to all ranks in one gather. Collective."""
+
+    def __init__(self, pieces: Mapping[DTensor, _Piece], group: dist.ProcessGroup) -> None:
+        self.sharded, self.pieces = list(pieces), list(pieces.values())
+        self.sizes = []  # the last ranks may have less than the first, or nothing: padded
+        for _, shape, dimension in self.pieces:
+            self.sizes.append(-(-shape[dimension] // group.size()) * (shape.numel() // max(shape[dimension], 1)))
+        self.flat = self.pieces[0].part.new_zeros(sum(self.sizes))
+        for place, (part, _, dimension) in zip(self.flat.split(self.sizes), self.pieces, strict=True):
+            place[: part.numel()].view(part.movedim(dimension, 0).shape).copy_(part.movedim(dimension, 0))
+        self.gathered = self.flat.new_empty(group.size(), len(self.flat))
+        self.work = _all_gather(self.gathered.view(-1), self.flat, group=group, async_op=True)
+
+    def whole(self) -> list[Tensor]:
+        """The tensors, once they are here."""
+        self.work.wait()
+        _free(self.flat)
+        whole = []
+        for rows, (_, shape, dimension) in zip(self.gathered.split(self.sizes, dim=1), self.pieces, strict=True):
+            moved = [shape[dimension], *shape[:dimension], *shape[dimension + 1 :]]
+            own = rows.clone(memory_format=torch.contiguous_format).view(-1)
+            whole.append(own[: shape.numel()].view(moved).movedim(0, dimension))
+        _free(self.gathered)
+        return whole
+
+
+def _free(buffer: Tensor) -> None:
+    """Give its memory back now: the backend's own thread may hold the tensor for a while."""
+    buffer.untyped_storage().resize_(0)
 
 
 class _Fsdp1Unit(_Unit):

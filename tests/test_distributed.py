@@ -280,6 +280,39 @@ def test_fsdp2_jets_gather_each_block_and_its_direction_once(
     assert pool(ranks).run(collectives, "fsdp2", curvature, 2)[0] == [update, [FINITE], update]
 
 
+def gathers_around_blocks(curvature: str) -> list[list[str]]:
+    """Of two updates, the gathers and the blocks that begin to run, in the order in which they do."""
+    model = parallel(new_model(), "fsdp2")
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
+    updates = []
+    for x, y in data()[:2]:
+        criterion(model(x), y).backward()
+        with Collectives() as collectives:
+            hooks = [
+                block.register_forward_pre_hook(lambda *_, seen=collectives.seen: seen.append(("block", 0)))
+                for block in model.blocks
+            ]
+            scheduler.step(x, y)
+            for hook in hooks:
+                hook.remove()
+        updates.append([name for name, _ in collectives.seen if name != "allreduce"])
+        optimizer.step()
+    return updates
+
+
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton"])
+def test_fsdp2_jets_gather_the_next_direction_before_a_block_computes(
+    pool: Callable[[int], Pool], curvature: str
+) -> None:
+    gather = "allgather_base"
+    blocks = len(new_model().blocks)
+    first, second = pool(2).run(gathers_around_blocks, curvature)[0]
+    # weights and direction of the root, then of each block; a hook of the user's sees the weights, not the direction
+    assert first == [gather, gather] + blocks * [gather, "block", gather]
+    assert second == [gather, gather, gather] + (blocks - 1) * [gather, "block", gather] + [gather, "block"]
+
+
 def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int) -> list[Tensor | None]:
     from gen_dist import collectives as module
 

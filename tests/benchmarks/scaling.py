@@ -65,8 +65,8 @@ def predicted(machine: Machine, job: Job) -> dict[str, float]:
     forward = products + attention / 2  # causal: half of the scores
     plain = together(forward, gather) + together(2 * forward, 2 * gather) + 28 * shard
     probe = together(forward, gather) + 88 * shard + 2 * small
-    gauss_newton = together(3 * products + 4 * attention, gather) + gather + 60 * shard + 2 * small
-    exact = together(5 * products + 6 * attention, gather) + gather + 60 * shard + 2 * small
+    gauss_newton = together(3 * products + 4 * attention, 2 * gather) + 60 * shard + 2 * small
+    exact = together(5 * products + 6 * attention, 2 * gather) + 60 * shard + 2 * small
     return {"plain": plain, "one probe": probe, "two probes": 2 * probe, "gauss-newton": gauss_newton, "exact": exact}
 
 
