@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -185,9 +186,10 @@ def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor])
         bad = ~torch.stack([v.isfinite().all() for v in values]).all() if values else torch.tensor(False)
         return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
 
-    # The sum of finite numbers is finite but for overflow, and by far the cheapest look at all of them.
-    sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return finite_everywhere([torch.stack(sums)] if sums else []) or finite_everywhere(gradients)
+    # Norms of finite numbers are finite but for overflow, and by far the cheapest look at all of them.
+    dtype = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+    norms = list(torch._foreach_norm(gradients, dtype=dtype)) if gradients else []
+    return finite_everywhere([torch.stack(norms)] if norms else []) or finite_everywhere(gradients)
 
 
 def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:

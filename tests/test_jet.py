@@ -297,10 +297,10 @@ REFUSED: dict[str, Row] = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("scores", [1, 40])
+@pytest.mark.parametrize("scores", [1, 40, 10**6])
 def test_attention_some_heads_after_others(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SCORES_ON_CPU", scores)
-    for name in ("attention", "attention causal", "attention masked"):
+    for name in ("attention", "attention causal", "attention grouped", "attention masked"):
         test_operator(name)
 
 

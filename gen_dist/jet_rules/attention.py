@@ -14,7 +14,7 @@ from gen_dist.jet_rules.products import matrix_product
 from gen_dist.jet_rules.registry import aten, rule
 
 # As many scores are in memory at once, or those of one head. On a GPU more, as each part costs launches.
-SCORES, SCORES_ON_CPU = 2**24, 2**20
+SCORES, SCORES_ON_CPU = 2**24, 2**17
 
 
 @rule(
@@ -28,23 +28,25 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
     """`softmax(scale q k' + mask) v`, some heads after others; of the results a program sees the first alone."""
     names = [argument.name for argument in operation._schema.arguments]
     given = dict(zip(names[3:], args, strict=False)) | kwargs
-    mask, scale = given.get("attn_mask", given.get("attn_bias")), given.get("scale")
-    heads, groups = query.shape[:-2], query.size(-3) // key.size(-3)
-    if groups > 1:  # several heads share a key and a value
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    q, k, v = (x.flatten(0, -3) for x in (query, key, value))
+    scale = given.get("scale")
     how = _Settings(
-        1 / math.sqrt(q.size(-1)) if scale is None else scale,
+        1 / math.sqrt(query.size(-1)) if scale is None else scale,
         given.get("is_causal", False),
-        mask,
+        given.get("attn_mask", given.get("attn_bias")),
         given.get("dropout_p", 0.0),
-        heads,
+        query.size(1) // key.size(1),
     )
-    most = SCORES_ON_CPU if q.device.type == "cpu" else SCORES
-    at_once = len(q) if mask is not None else max(most // (q.size(1) * k.size(1)), 1)
-    parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
-    mixed = _mixed(q, k, v, how=how) if len(q) <= at_once else torch.cat([_mixed(*some, how=how) for some in parts])
-    return (mixed.unflatten(0, heads), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+    batch, heads = query.shape[:2]
+    if how.mask is None:
+        scores = query.size(2) * key.size(2)  # of a head
+        most = SCORES_ON_CPU if query.device.type == "cpu" else SCORES
+        batch = max(most // (heads * scores), 1)
+        heads = min(how.groups * max(most // (how.groups * scores), 1), heads)
+    rows = []
+    for q, k, v in zip(*(x.split(batch) for x in (query, key, value)), strict=True):
+        of_heads = q.split(heads, 1), k.split(heads // how.groups, 1), v.split(heads // how.groups, 1)
+        rows.append(_joined([_mixed(*some, how) for some in zip(*of_heads, strict=True)], 1))
+    return (_joined(rows, 0), *(torch.empty(0) for _ in operation._schema.returns[1:]))
 
 
 class _Settings(NamedTuple):
@@ -52,11 +54,19 @@ class _Settings(NamedTuple):
     causal: bool
     mask: Any
     dropout: float
-    heads: torch.Size
+    groups: int  # as many heads share a key and a value
 
 
-def _mixed(q: Any, k: Any, v: Any, *, how: _Settings) -> Any:
-    """The attention of some heads, `(heads, time, width)`."""
+def _joined(parts: list[Any], dimension: int) -> Any:
+    return torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
+
+
+def _mixed(q: Any, k: Any, v: Any, how: _Settings) -> Any:
+    """The attention of some heads; all have the shape `(batch, heads, time, width)`."""
+    shape = q.shape[:2]
+    if how.groups > 1:
+        k, v = k.repeat_interleave(how.groups, 1), v.repeat_interleave(how.groups, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     scores = matrix_product(aten.bmm.default, q, k.transpose(1, 2))
     for part in derivatives(scores):
         if part is not None:
@@ -67,10 +77,10 @@ def _mixed(q: Any, k: Any, v: Any, *, how: _Settings) -> Any:
     if how.mask is None:
         weights = _softmax_in_place(*derivatives(scores))
     else:  # which may hide everything from a position: that one gets zero
-        weights = aten._safe_softmax(torch.add(scores.unflatten(0, how.heads), how.mask).flatten(0, -3), -1)
+        weights = aten._safe_softmax(torch.add(scores.unflatten(0, shape), how.mask).flatten(0, 1), -1)
     if how.dropout:
         weights = torch.dropout(weights, how.dropout, True)
-    return matrix_product(aten.bmm.default, weights, v)
+    return matrix_product(aten.bmm.default, weights, v).unflatten(0, shape)
 
 
 def _softmax_in_place(x0: Tensor, x1: Tensor | None, x2: Tensor | None) -> Any:

@@ -32,10 +32,10 @@ def chain(value: Tensor, tangent: Callable[[Tensor], Tensor], second: Callable[[
     _, x1, x2 = derivatives(x)
     acceleration = None
     if wants_acceleration():
-        acceleration = None if x2 is None else tangent(x2)
-        if second is not None and x1 is not None:
-            bend = second().mul_(x1).mul_(x1)
-            acceleration = bend if acceleration is None else bend.add_(acceleration)
+        if second is not None and x1 is not None:  # first, as `second` needs most memory
+            acceleration = second().mul_(x1).mul_(x1)
+        if x2 is not None:
+            acceleration = tangent(x2) if acceleration is None else acceleration.add_(tangent(x2))
     return as_jet(value, None if x1 is None else tangent(x1), acceleration)
 
 
@@ -55,33 +55,50 @@ def _register_elementwise(name: str, f: Elementwise) -> None:
     RULES[name] = apply
 
 
+# Second derivatives: activations are large, so each is written with as few tensors at a time as it can be.
+
+
 def _gelu_bend(x: Tensor, y: Tensor, *, approximate: str = "none") -> Tensor:
-    square = x * x
     if approximate == "none":  # (2 - x^2) times the normal density
+        square = x * x
         density = torch.mul(square, -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
         return density.mul_(square.neg_().add_(2))
-    # y = x s(u), s the logistic function, u = 2 sqrt(2/pi) (x + 0.044715 x^3)
-    c = 2 * math.sqrt(2 / math.pi)
-    s = torch.sigmoid(c * x * (1 + 0.044715 * square))
-    u1, u2 = c * (1 + 3 * 0.044715 * square), (c * 6 * 0.044715) * x
-    return s * (1 - s) * (2 * u1 + x * (u2 + u1 * u1 * (1 - 2 * s)))
+    # y = x s(u), s the logistic function, u = c x (1 + k x^2); with v = u' = c (1 + 3 k x^2), x u'' = 2 (v - c)
+    c, k = 2 * math.sqrt(2 / math.pi), 0.044715
+    v = (x * x).mul_(3 * c * k).add_(c)
+    s = v.add(2 * c).mul_(x).div_(3).sigmoid_()
+    bend = s.mul(-2).add_(1).mul_(x).mul_(v).add_(4).mul_(v).sub_(2 * c)
+    return bend.mul_(_logistic_slope_(s))
 
 
 def _silu_bend(x: Tensor, y: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s) * (2 + x * (1 - 2 * s))
+    s = torch.sigmoid(x)  # (s - s^2) (2 + x (1 - 2 s))
+    bend = s.mul(-2).add_(1).mul_(x).add_(2)
+    return bend.mul_(_logistic_slope_(s))
 
 
 def _softplus_bend(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    s = torch.sigmoid(beta * x)
-    return (beta * s * (1 - s)).masked_fill_(beta * x > threshold, 0)
+    straight = beta * x > threshold
+    return _logistic_slope_(torch.mul(x, beta).sigmoid_()).mul_(beta).masked_fill_(straight, 0)
 
 
-def _mish_bend(x: Tensor, y: Tensor) -> Tensor:
-    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
-    flat = 1 - t * t
-    t1 = flat * s
-    return 2 * t1 + x * (t1 * (1 - s) - 2 * t * t1 * s)
+def _mish_bend(x: Tensor, y: Tensor) -> Tensor:  # (1 - t^2) s (2 + x (1 - s - 2 s t))
+    t, s = torch.nn.functional.softplus(x).tanh_(), torch.sigmoid(x)
+    bend = t.mul(2).add_(1).mul_(s).sub_(1).mul_(x).sub_(2)
+    return bend.mul_(s).mul_(t.square_().sub_(1))
+
+
+def _sigmoid_bend(x: Tensor, y: Tensor) -> Tensor:
+    return _logistic_slope_(y.clone()).mul_(1 - 2 * y)
+
+
+def _tanh_bend(x: Tensor, y: Tensor) -> Tensor:
+    return (y * y).sub_(1).mul_(y).mul_(2)
+
+
+def _logistic_slope_(s: Tensor) -> Tensor:
+    """`s - s^2`, in its place."""
+    return s.addcmul_(s, s, value=-1)
 
 
 def _elu_bend(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
@@ -122,10 +139,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     # activations
     "gelu": Elementwise(tangent=lambda v, x, y, **how: aten.gelu_backward(v, x, **how), second=_gelu_bend),
     "silu": Elementwise(tangent=lambda v, x, y: aten.silu_backward(v, x), second=_silu_bend),
-    "sigmoid": Elementwise(
-        tangent=lambda v, x, y: aten.sigmoid_backward(v, y), second=lambda x, y: y * (1 - y) * (1 - 2 * y)
-    ),
-    "tanh": Elementwise(tangent=lambda v, x, y: aten.tanh_backward(v, y), second=lambda x, y: -2 * y * (1 - y * y)),
+    "sigmoid": Elementwise(tangent=lambda v, x, y: aten.sigmoid_backward(v, y), second=_sigmoid_bend),
+    "tanh": Elementwise(tangent=lambda v, x, y: aten.tanh_backward(v, y), second=_tanh_bend),
     "softplus": Elementwise(
         tangent=lambda v, x, y, beta=1, limit=20: aten.softplus_backward(v, x, beta, limit), second=_softplus_bend
     ),
