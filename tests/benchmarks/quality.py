@@ -8,7 +8,7 @@
 A run is one task, method, seed and length, and appends one JSON line to `--results`; what stands there already is not
 run again, so a benchmark can be stopped and go on. `--part 1/2` and `--part 2/2` share the runs between two processes.
 `--length 4` is four times as many steps, `--steps 10000` exactly as many; a summary is of one length. Methods are
-designed on seeds 0 and 10, and reported on others.
+designed on seeds 0, 10, 11, 20 and 21, and reported on others.
 
 `ranks` compares AutoGen's curves on several ranks with those of one process.
 

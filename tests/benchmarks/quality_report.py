@@ -173,7 +173,7 @@ def draw(records: list[Record], seeds: list[int], path: Path) -> str:
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=[3, 2])
         draw_gaps(left, Results(records, seeds))
         draw_rates(right, records)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(TASKS), frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return f"wrote {path}"
