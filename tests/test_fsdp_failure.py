@@ -79,7 +79,7 @@ def job() -> Job:
             said, _ = torchrun.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             torchrun.terminate()  # it ends its ranks
-            raise
+            pytest.fail(f"did not end in 60 s, and said: {torchrun.communicate()[0]}")
     failed = re.search(r"failed at (\S+)", said)
     assert failed is not None, said
     return Job(torchrun.returncode, time.time() - float(failed[1]), said)
