@@ -75,7 +75,7 @@ class Layout:
         self.fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
         self.flat = {id(p): unit for unit in self.fsdp1 for p in _fsdp1_parameters(unit)}
         self.wrapped = {id(p) for m in (*self.ddp, *self.fsdp1) for p in m.parameters()} | self.flat.keys()
-        self._plans: dict[nn.Module, dict[DTensor, _Whole]] = {}
+        self._plans: dict[nn.Module, dict[DTensor, _Whole]] = {}  # of FSDP2 units, kept from update to update
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
