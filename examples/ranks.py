@@ -1,5 +1,6 @@
 """The ranks that torchrun started, or the single process it did not: who they are, and what they add up."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class Ranks:
         try:
             yield
         finally:
+            gc.collect()  # a DDP or FSDP2 model that outlives the group may abort the process at its end
             dist.destroy_process_group()
 
     def _store(self) -> dist.Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -79,5 +80,6 @@ if __name__ == "__main__":
     _, what, argument = sys.argv
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     {"train": equality, "delay": cost}.get(what, lambda _: endless(argument))(Path(argument))
+    gc.collect()  # a DDP or FSDP2 model, kept in a cycle, that outlives the group may abort the process at its end
     dist.barrier()  # a rank that left early would take the others' connections with it
     dist.destroy_process_group()
