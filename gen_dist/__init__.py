@@ -34,17 +34,17 @@ Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", 
 """
 
 from gen_dist import plots
-from gen_dist.analysis import (
+from gen_dist.averaging import Averaging
+from gen_dist.curves import (
     loss_per_learning_rate,
     second_order_approximation,
     second_order_approximation_coeffs,
 )
-from gen_dist.averaging import Averaging
-from gen_dist.jet import UnsupportedOperation
-from gen_dist.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
-from gen_dist.rule import Auto, Raw
+from gen_dist.direction.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
+from gen_dist.jets.jet import UnsupportedOperation
+from gen_dist.policy.rule import Auto, Raw
 from gen_dist.scheduler import ApproxGen, AutoGen, ExactGen, GenScheduler, Update
-from gen_dist.suggestion import Suggestion, suggest_lr
+from gen_dist.suggest import Suggestion, suggest_lr
 
 __version__ = "0.1.0"
 

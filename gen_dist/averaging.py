@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from gen_dist import sharding
-from gen_dist.sharding import Layout
+from gen_dist.parallel import layout as sharding
+from gen_dist.parallel.layout import Layout
 
 __all__ = ["AveragedWeights", "Averaging"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gen_dist.scheduler import Update
-    from gen_dist.suggestion import Suggestion
+    from gen_dist.suggest.suggestion import Suggestion
 
     Records = str | Path | Iterable[Mapping[str, Any] | Update]
 

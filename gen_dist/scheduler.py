@@ -14,15 +14,15 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gen_dist import drift
 from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.batch import Batch, Criterion, as_batches
-from gen_dist.curvature import estimator
-from gen_dist.group_rates import GroupHistory, decide_ratios, measure_system
-from gen_dist.line import Line
-from gen_dist.measurement import Measurement, Request, gradients_are_finite, losses_together, measure
-from gen_dist.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
-from gen_dist.rule import (
+from gen_dist.direction.optimizer import Direction, GenOptimizer, rate_ratios, set_rate
+from gen_dist.line.data import Batch, Criterion, as_batches
+from gen_dist.line.estimators import estimator
+from gen_dist.line.groups import GroupHistory, decide_ratios, measure_system
+from gen_dist.line.line import Line
+from gen_dist.line.measure import Measurement, Request, gradients_are_finite, losses_together, measure
+from gen_dist.parallel.layout import Layout
+from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
     CURVATURE_IN_ROUNDING,
@@ -34,9 +34,9 @@ from gen_dist.rule import (
     Rule,
     check_clamp,
 )
-from gen_dist.sharding import Layout
-from gen_dist.signal import check_optimizer, gradient_noise
-from gen_dist.undo import whole
+from gen_dist.restore import whole
+from gen_dist.watch import drift
+from gen_dist.watch.gradient_noise import check_optimizer, gradient_noise
 
 __all__ = ["ApproxGen", "AutoGen", "ExactGen", "GenScheduler", "Update"]
 

@@ -21,7 +21,6 @@ if (($# == 0)); then
     echo "usage: bash ${BASH_SOURCE[0]} train.py [its arguments]" >&2
     exit 2
 fi
-launch=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 nodes=${NNODES:-${PET_NNODES:-${SLURM_NNODES:-1}}}
 address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
@@ -52,6 +51,10 @@ if [[ $nodes != 1 && -z $address ]]; then
     echo "error: set MASTER_ADDR to the name or address of one of the $nodes machines, the same on all" >&2
     exit 2
 fi
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("gen_dist") is None)' || {
+    echo "error: $python has no gen_dist: type $python -m pip install gen_dist" >&2
+    exit 1
+}
 timeout=${STARTUP_TIMEOUT:-600}
-torchrun "$id-preflight" "$launch/preflight.py" --settings "$*"
+torchrun "$id-preflight" -m gen_dist.preflight --settings "$*"
 torchrun "$id" "$@"

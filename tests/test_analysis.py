@@ -158,7 +158,7 @@ def test_a_progress_bar_on_a_terminal_or_on_demand(
     F.mse_loss(model(x), y).backward()
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        monkeypatch.setattr("gen_dist.analysis.LONG", 0.0)
+        monkeypatch.setattr("gen_dist.curves.LONG", 0.0)
         gen.loss_per_learning_rate(model, F.mse_loss, optimizer, x, y, RATES, progress=progress)
         shown = capsys.readouterr().err
         assert ("/4" in shown) == (progress is True or (progress is None and terminal))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import gen_dist as gen
 from gen_dist.averaging import Averaging
-from gen_dist.rule import Auto
+from gen_dist.policy.rule import Auto
 
 STEPS = 20
 

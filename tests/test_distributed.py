@@ -314,7 +314,7 @@ def test_fsdp2_jets_gather_the_next_direction_before_a_block_computes(
 
 
 def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int) -> list[Tensor | None]:
-    from gen_dist import collectives as module
+    from gen_dist.parallel import ranks as module
 
     rank = dist.get_rank()
     everywhere, somewhere, nowhere, sparse = (nn.Parameter(torch.ones(3, 2, dtype=dtype)) for _ in range(4))

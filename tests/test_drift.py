@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist import drift
+from gen_dist.watch import drift
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

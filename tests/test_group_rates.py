@@ -16,7 +16,7 @@ from test_distributed import KINDS, Model, criterion, data, new_model, parallel,
 from torch import Tensor, nn
 
 import gen_dist as gen
-from gen_dist.group_rates import solve
+from gen_dist.line.groups import solve
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def test_forward_passes_give_the_diagonal(rates: bool | str) -> None:
 
 def reductions(full: bool | str) -> list[int]:
     """Bytes of the collectives of one update in DDP."""
-    from gen_dist import collectives
+    from gen_dist.parallel import ranks as collectives
 
     model = parallel(inner := new_model(), "ddp")
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups_of(inner), lr=1e-3)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_dist.batch import Batch
-from gen_dist.jet import Jet, UnsupportedOperation, derivatives
-from gen_dist.jet_mode import JetMode
-from gen_dist.jet_rules import attention
-from gen_dist.line import Line
-from gen_dist.optimizer import Direction, GroupDirection
-from gen_dist.sharding import Layout
+from gen_dist.direction.optimizer import Direction, GroupDirection
+from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives
+from gen_dist.jets.mode import JetMode
+from gen_dist.jets.rules import attention
+from gen_dist.line.data import Batch
+from gen_dist.line.line import Line
+from gen_dist.parallel.layout import Layout
 
 TOLERANCE = 1e-9
 Shapes = tuple[tuple[int, ...], ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import secrets
@@ -14,14 +13,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from gen_dist import preflight
+
 LAUNCH = Path(__file__).parents[1] / "launch"
-PREFLIGHT = LAUNCH / "preflight.py"
+PREFLIGHT = ["-m", "gen_dist.preflight"]
 # what an outer torchrun, Slurm or Kubeflow may have set must not reach the tests
 OUTSIDE = re.compile("(PET|SLURM|TORCHELASTIC)_|(MASTER|NODE|LOCAL)_|N(NODES|PROC_PER_NODE)$|RANK$|WORLD_SIZE$")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not OUTSIDE.match(name)}
@@ -94,7 +94,7 @@ def assert_trained(output: str, ranks: int, arguments: str = "[]") -> None:
 
 def test_preflight_prints_a_line_a_rank(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run(sys.executable, *torchrun, str(PREFLIGHT), cwd=tmp_path)
+    done = run(sys.executable, *torchrun, *PREFLIGHT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     title, *rows, verdict = done.stdout.splitlines()
     assert title.split()[:4] == ["rank", "host", "python", "torch"]
@@ -109,25 +109,13 @@ def test_preflight_tells_of_a_rank_with_other_settings() -> None:
     """Without torchrun, which would end the second rank when the first one fails."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
-        start(sys.executable, str(PREFLIGHT), **common, RANK=str(rank), OMP_NUM_THREADS=str(rank + 1))
-        for rank in range(2)
+        start(sys.executable, *PREFLIGHT, **common, RANK=str(rank), OMP_NUM_THREADS=str(rank + 1)) for rank in range(2)
     ]
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "preflight: OMP_NUM_THREADS differs: 1 on rank 0; 2 on rank 1" in said[0]
     assert "preflight: FAILED, 2 ranks" in said[0]
     assert said[1] == ""
-
-
-@pytest.fixture(scope="module")
-def preflight() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("preflight", PREFLIGHT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["preflight"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["preflight"]
 
 
 FOUND: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -141,7 +129,6 @@ FOUND: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "one does not come": ([{}, None, {}], "no word from rank 1"),  # type: ignore[list-item]
     "one cannot reduce": ([{}, {"error": "RuntimeError: no route"}], "rank 1: RuntimeError: no route"),
-    "not installed": ([{"gen_dist": "missing"}], "gen_dist is not installed"),
     "another device": ([{}, {"device": "gpu"}], "note: device differs: cpu on rank 0; gpu on rank 1"),
     "a clock": (
         [{"clock": 0.0}, {"clock": -9.0}],
@@ -151,7 +138,7 @@ FOUND: dict[str, tuple[list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", FOUND)
-def test_what_preflight_finds(preflight: ModuleType, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_what_preflight_finds(capsys: pytest.CaptureFixture[str], case: str) -> None:
     here, told = FOUND[case]
     usual = {"host": "h", "python": "3", "torch": "2.13", "gen_dist": "0.1", "device": "cpu", "backend": "gloo"}
     usual |= {"settings": "1", "variables": {}, "free_memory": 0}  # type: ignore[dict-item]
@@ -163,7 +150,7 @@ def test_what_preflight_finds(preflight: ModuleType, capsys: pytest.CaptureFixtu
     assert ("FAILED" in printed) == (not ready)
 
 
-def test_ranks_hear_of_one_that_does_not_come(preflight: ModuleType) -> None:
+def test_ranks_hear_of_one_that_does_not_come() -> None:
     report = preflight.look_around(0, "")
     meeting = preflight.Meeting(dist.HashStore(), 0, 2, timeout=0.2)
     assert meeting.hold(report, lambda reports: str([r is None for r in reports])) == "[False, True]"

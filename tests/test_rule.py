@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen_dist.curvature import Quadratic
-from gen_dist.measurement import Measurement
-from gen_dist.rule import Auto, Decision, History, Raw
+from gen_dist.line.estimators import Quadratic
+from gen_dist.line.measure import Measurement
+from gen_dist.policy.rule import Auto, Decision, History, Raw
 
 NAN, INF = math.nan, math.inf
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gen_dist.optimizer import Direction, GenOptimizer, as_gen_optimizer, rate_ratios
+from gen_dist.direction.optimizer import Direction, GenOptimizer, as_gen_optimizer, rate_ratios
 
 __all__ = ["JointOptimizer"]
 

@@ -28,8 +28,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gen_dist.direction.optimizer import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.optimizer import as_gen_optimizer
 from gen_dist.scheduler import AutoGen, GenScheduler
 
 try:

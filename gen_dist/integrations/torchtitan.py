@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from gen_dist.direction.optimizer import GenOptimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory
 from gen_dist.integrations.joint import JointOptimizer
-from gen_dist.optimizer import GenOptimizer
 from gen_dist.scheduler import AutoGen, GenScheduler
 
 if TYPE_CHECKING:

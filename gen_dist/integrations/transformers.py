@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from gen_dist.direction.optimizer import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.optimizer import as_gen_optimizer
 from gen_dist.scheduler import AutoGen
 
 try:

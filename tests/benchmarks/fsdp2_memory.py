@@ -24,9 +24,9 @@ from models import GPT
 from update_cost import token_cross_entropy
 
 import gen_dist as gen
-from gen_dist.batch import Batch
-from gen_dist.line import Line
-from gen_dist.sharding import Layout
+from gen_dist.line.data import Batch
+from gen_dist.line.line import Line
+from gen_dist.parallel.layout import Layout
 
 MIB = 2**20
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import gen_dist as gen
 from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.rule import Auto
-from gen_dist.sharding import Layout
+from gen_dist.parallel.layout import Layout
+from gen_dist.policy.rule import Auto
 
 LAST, AVERAGED = "last", "averaged"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -39,9 +39,11 @@ from models import CNN, GPT, MLP
 from torch.profiler import ProfilerActivity, profile
 
 import gen_dist as gen
-from gen_dist import measurement, optimizer, scheduler
-from gen_dist.batch import Batch
-from gen_dist.line import Line
+from gen_dist import scheduler
+from gen_dist.direction import optimizer
+from gen_dist.line import measure as measurement
+from gen_dist.line.data import Batch
+from gen_dist.line.line import Line
 
 Iteration = Callable[[], None]
 Options = dict[str, Any]  # of a GenScheduler

@@ -1,0 +1,97 @@
+"""Fused attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from gen_dist.jets.jet import as_jet, derivatives, wants_acceleration
+from gen_dist.jets.registry import aten, rule
+from gen_dist.jets.rules.products import matrix_product
+
+# As many scores are in memory at once, or those of one head. On a GPU more, as each part costs launches.
+SCORES, SCORES_ON_CPU = 2**24, 2**17
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """`softmax(scale q k' + mask) v`, some heads after others; of the results a program sees the first alone."""
+    names = [argument.name for argument in operation._schema.arguments]
+    given = dict(zip(names[3:], args, strict=False)) | kwargs
+    scale = given.get("scale")
+    how = _Settings(
+        1 / math.sqrt(query.size(-1)) if scale is None else scale,
+        given.get("is_causal", False),
+        given.get("attn_mask", given.get("attn_bias")),
+        given.get("dropout_p", 0.0),
+        query.size(1) // key.size(1),
+    )
+    batch, heads = query.shape[:2]
+    if how.mask is None:
+        scores = query.size(2) * key.size(2)  # of a head
+        most = SCORES_ON_CPU if query.device.type == "cpu" else SCORES
+        batch = max(most // (heads * scores), 1)
+        heads = min(how.groups * max(most // (how.groups * scores), 1), heads)
+    rows = []
+    for q, k, v in zip(*(x.split(batch) for x in (query, key, value)), strict=True):
+        of_heads = q.split(heads, 1), k.split(heads // how.groups, 1), v.split(heads // how.groups, 1)
+        rows.append(_joined([_mixed(*some, how) for some in zip(*of_heads, strict=True)], 1))
+    return (_joined(rows, 0), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+
+
+class _Settings(NamedTuple):
+    scale: float
+    causal: bool
+    mask: Any
+    dropout: float
+    groups: int  # as many heads share a key and a value
+
+
+def _joined(parts: list[Any], dimension: int) -> Any:
+    return torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
+
+
+def _mixed(q: Any, k: Any, v: Any, how: _Settings) -> Any:
+    """The attention of some heads; all have the shape `(batch, heads, time, width)`."""
+    shape = q.shape[:2]
+    if how.groups > 1:
+        k, v = k.repeat_interleave(how.groups, 1), v.repeat_interleave(how.groups, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = matrix_product(aten.bmm.default, q, k.transpose(1, 2))
+    for part in derivatives(scores):
+        if part is not None:
+            part.mul_(how.scale)
+    if how.causal:
+        value = derivatives(scores)[0]
+        value.masked_fill_(torch.ones_like(value[0], dtype=torch.bool).triu_(1), -math.inf)
+    if how.mask is None:
+        weights = _softmax_in_place(*derivatives(scores))
+    else:  # which may hide everything from a position: that one gets zero
+        weights = aten._safe_softmax(torch.add(scores.unflatten(0, shape), how.mask).flatten(0, 1), -1)
+    if how.dropout:
+        weights = torch.dropout(weights, how.dropout, True)
+    return matrix_product(aten.bmm.default, weights, v).unflatten(0, shape)
+
+
+def _softmax_in_place(x0: Tensor, x1: Tensor | None, x2: Tensor | None) -> Any:
+    """Softmax along the last dimension, its derivatives in the memory of those of `x`."""
+    y = torch.softmax(x0, -1)
+    if x1 is not None:
+        x1 -= (y * x1).sum(-1, keepdim=True)
+        if wants_acceleration():
+            x2 = x1 * x1 if x2 is None else x2.addcmul_(x1, x1)
+        x1 *= y
+    if x2 is not None:
+        x2 -= (y * x2).sum(-1, keepdim=True)
+        x2 *= y
+    return as_jet(y, x1, x2)

@@ -1,0 +1,54 @@
+"""Sums of products of derivatives, where None is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gen_dist.jets.jet import derivatives, wants_acceleration
+
+
+def times(a: Any, b: Any) -> Any:
+    return None if a is None or b is None else a * b
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def scaled(x: Any, factor: Any) -> Any:
+    return x if x is None or factor == 1 else x * factor
+
+
+Term = tuple[int, Any, Any]
+
+
+def second_order(x: Any, w: Any) -> tuple[list[Term], list[Term]]:
+    """The terms `factor * a * b` of velocity and acceleration of a product of `x` and `w`, zero ones left out."""
+    (x0, x1, x2), (w0, w1, w2) = derivatives(x), derivatives(w)
+    velocity = [(1, x1, w0), (1, x0, w1)]
+    acceleration = [(1, x2, w0), (1, x0, w2), (2, x1, w1)] if wants_acceleration() else []
+
+    def present(terms: list[Term]) -> list[Term]:
+        return [term for term in terms if term[1] is not None and term[2] is not None]
+
+    return present(velocity), present(acceleration)
+
+
+def total_of(
+    product: Callable[[Any, Any], Tensor], add_product: Callable[[Tensor, Any, Any, int], Any], terms: list[Term]
+) -> Tensor | None:
+    """The sum of the terms, a tensor of its own, built up in place."""
+    if not terms:
+        return None
+    (factor, a, b), *others = terms
+    total = product(a, b)
+    if factor != 1:
+        total.mul_(factor)
+    for factor, a, b in others:
+        add_product(total, a, b, factor)
+    return total

@@ -1,0 +1,1 @@
+"""Companions of a step: they watch what an update measures and does."""
