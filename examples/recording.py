@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import gen_dist as gen
-from gen_dist.plots import Line, training_figure
+from gen_dist.plots import RecordedLine, training_figure
 
 LINE_POINTS = 21
 
@@ -31,7 +31,7 @@ class Recorder:
         self.ranks = ranks
         self.step = done
         self.records: list[dict[str, Any]] = []
-        self._line: Line | None = None
+        self._line: RecordedLine | None = None
         self._lines_due = [step for step in (0, steps // 3, 9 * steps // 10) if step >= done]
         self._seen = scheduler.last
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -74,7 +74,7 @@ class Recorder:
         self._lines_due.pop(0)
         rates = [2.5 * last.lr * i / (LINE_POINTS - 1) for i in range(LINE_POINTS)]
         losses = gen.loss_per_learning_rate(model, criterion, optimizer, x, y, rates)
-        self._line = Line(
+        self._line = RecordedLine(
             step=self.step + 1,
             learning_rates=rates,
             losses=losses.tolist(),

@@ -40,11 +40,14 @@ from gen_dist.curves import (
     second_order_approximation,
     second_order_approximation_coeffs,
 )
-from gen_dist.direction.optimizer import GenOptimizer, as_gen_optimizer, make_gen_optimizer
-from gen_dist.jets.jet import UnsupportedOperation
-from gen_dist.policy.rule import Auto, Raw
-from gen_dist.scheduler import ApproxGen, AutoGen, ExactGen, GenScheduler, Update
+from gen_dist.direction import GenOptimizer, as_gen_optimizer, make_gen_optimizer
+from gen_dist.jets import UnsupportedOperation
+from gen_dist.policy import Auto, Raw
+from gen_dist.recipes import ApproxGen, AutoGen, ExactGen
+from gen_dist.scheduler import GenScheduler
 from gen_dist.suggest import Suggestion, suggest_lr
+from gen_dist.update import Update
+from gen_dist.watch import Companion, GradientNoise, Verification
 
 __version__ = "0.1.0"
 
@@ -53,13 +56,16 @@ __all__ = [
     "Auto",
     "AutoGen",
     "Averaging",
+    "Companion",
     "ExactGen",
     "GenOptimizer",
     "GenScheduler",
+    "GradientNoise",
     "Raw",
     "Suggestion",
     "UnsupportedOperation",
     "Update",
+    "Verification",
     "as_gen_optimizer",
     "loss_per_learning_rate",
     "make_gen_optimizer",

@@ -2,13 +2,13 @@
 
 All three functions are collective where ranks train together: every rank calls them, with its own slice of the data and
 the same learning rates, and gets the values of the global loss. They change nothing: parameters, gradients, buffers,
-optimizer and random state are as before, bit for bit. The optimizer may be any whose step is the learning rate times a
-direction, converted by `as_gen_optimizer` or not. The direction is the one that it holds, after
-`compute_param_updates()` or `scheduler.step(...)`; where it holds none, the one that it would take with the gradients
-that are there, averaged over plain replicas.
+optimizer and random state stay as they are, bit for bit. The optimizer may be any whose step is the learning rate times
+a direction, converted by `as_gen_optimizer` or not. If it holds a direction, after `compute_param_updates()` or
+`scheduler.step(...)`, they use that one. Otherwise they use the direction of a step with the present gradients,
+averaged over plain replicas.
 
-What the loss is follows `GenScheduler.step`: `criterion(model(x), y)`, or `closure=`, a function that returns this
-rank's loss, or `batches=`, a list of pairs and closures, whose losses are averaged; `weight=` is this rank's share
+They take the loss as `GenScheduler.step` does: `criterion(model(x), y)`, or `closure=`, a function that returns this
+rank's loss, or `batches=`, a list of pairs and closures, whose losses are averaged. `weight=` is this rank's share
 where slices are unequal.
 
 >>> import gen_dist as gen
@@ -32,14 +32,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from gen_dist.direction.optimizer import Direction, GenOptimizer, direction_without_trace
-from gen_dist.line.data import Batch, Criterion, as_batches
-from gen_dist.line.estimators import Exact
-from gen_dist.line.line import Line
-from gen_dist.line.measure import Request, check_alike, losses_together, reduce
-from gen_dist.parallel.layout import Layout
-from gen_dist.parallel.ranks import Ranks
-from gen_dist.restore import gradients_kept, whole
+from gen_dist.direction import Direction, GenOptimizer, direction_without_trace
+from gen_dist.line import Criterion, Line, Method, Slice, as_slice, check_alike, estimator, measure, walk_over_ranks
+from gen_dist.parallel import Layout, Ranks
+from gen_dist.restore import gradients_kept, restored_on_exit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +46,7 @@ __all__ = ["loss_per_learning_rate", "second_order_approximation", "second_order
 LONG = 3.0  # seconds after which a grid of rates is long enough for a progress bar
 
 
-@whole
+@restored_on_exit
 def second_order_approximation_coeffs(
     model: nn.Module,
     criterion: Criterion | None,
@@ -69,13 +65,14 @@ def second_order_approximation_coeffs(
     Scalars, float64, on the CPU, the same on every rank. `loss` replaces `phi(0)` where it is already known.
     """
     call = "second_order_approximation_coeffs(model, criterion, optimizer, "
-    slices = as_batches(model, criterion, x, y, closure, batches, weight == 0, call)
-    line, ranks = _line(model, optimizer, slices, weight, process_group)
-    request = Request(Exact(), 0.0, None, weight, True, False, f"{len(slices)} batch(es)")
-    value, slope, curvature = torch.tensor(
-        reduce([line], ranks, request, torch.zeros(0, dtype=torch.float64)).means[0], dtype=torch.float64
+    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
+    line, ranks = _line(model, optimizer, data, process_group)
+    method = Method(estimator("exact"), 0.0, False, f"{len(data.micro_batches)} batch(es)")
+    parabola = measure(line, ranks, method, finite=True).parabola
+    value, slope, half_curvature = torch.tensor(
+        [parabola.loss, -parabola.numerator, parabola.denominator / 2], dtype=torch.float64
     )
-    return (value if loss is None else loss.detach().double().cpu().reshape(()), slope, curvature / 2)
+    return (value if loss is None else loss.detach().double().cpu().reshape(()), slope, half_curvature)
 
 
 def second_order_approximation(
@@ -110,7 +107,7 @@ def second_order_approximation(
     return c0 + c1 * rates + c2 * rates**2
 
 
-@whole
+@restored_on_exit
 def loss_per_learning_rate(
     model: nn.Module,
     criterion: Criterion | None,
@@ -127,34 +124,34 @@ def loss_per_learning_rate(
 ) -> NDArray[np.float64]:
     """`phi(a) = L(theta - a d)` itself at each learning rate, one forward pass a point, as an array of their shape.
 
-    `progress` shows a bar on rank 0, with tqdm: by default where that is installed, standard error is a terminal, and
-    the grid has taken some seconds already.
+    `progress` shows a tqdm bar on rank 0: by default if tqdm is installed, standard error is a terminal, and the grid
+    has already taken some seconds.
     """
     rates = _rates(learning_rates)
     call = "loss_per_learning_rate(model, criterion, optimizer, "
-    slices = as_batches(model, criterion, x, y, closure, batches, weight == 0, call)
-    line, ranks = _line(model, optimizer, slices, weight, process_group)
+    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
+    line, ranks = _line(model, optimizer, data, process_group)
     points = rates.ravel().tolist()
     check_alike(f"learning_rates={points}", ranks)
-    losses = losses_together(line, _with_bar(points, progress, ranks), ranks, weight)
+    losses = walk_over_ranks(line, _with_bar(points, progress, ranks), ranks).losses
     return torch.tensor(losses, dtype=torch.float64).numpy().reshape(rates.shape)
 
 
 def _line(
-    model: nn.Module, optimizer: Optimizer, slices: Sequence[Batch], weight: float, process_group: ProcessGroup | None
+    model: nn.Module, optimizer: Optimizer, data: Slice, process_group: ProcessGroup | None
 ) -> tuple[Line, Ranks]:
     layout = Layout(model)
     ranks = layout.ranks(process_group)
-    return Line(layout, _direction(optimizer, layout, ranks, weight), slices), ranks
+    return Line(layout, _direction(optimizer, layout, ranks, data.weight), data), ranks
 
 
 def _direction(optimizer: Optimizer, layout: Layout, ranks: Ranks, weight: float) -> Direction:
-    """The held direction, or the one of a step that leaves no trace. Collective."""
+    """The held direction, or that of a step which leaves no trace. Collective."""
     if isinstance(optimizer, GenOptimizer) and optimizer.direction is not None:
         return optimizer.direction
-    replicas = layout.needs_averaging([p for group in optimizer.param_groups for p in group["params"]])
-    with gradients_kept(replicas):
-        ranks.average_gradients(replicas, weight)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with gradients_kept(layout.needs_averaging(parameters)):
+        layout.average_gradients(parameters, ranks, weight)
         direction = direction_without_trace(optimizer)
     if not ranks.any(torch.tensor(bool(direction))).item():
         raise ValueError("the optimizer holds no direction and no gradients: call loss.backward() first")
@@ -173,7 +170,7 @@ def _rates(learning_rates: ArrayLike) -> NDArray[np.float64]:
 
 
 def _with_bar(points: list[float], progress: bool | None, ranks: Ranks) -> Sequence[float]:
-    """The points, which show how many of them are done as one goes through them."""
+    """The points, with a bar that shows how many are done."""
     if ranks.rank != 0 or progress is False or (progress is None and not sys.stderr.isatty()):
         return points
     try:

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gen_dist.scheduler import Update
-    from gen_dist.suggest.suggestion import Suggestion
+    from gen_dist.update import Update
 
     Records = str | Path | Iterable[Mapping[str, Any] | Update]
 
@@ -57,7 +56,7 @@ STYLE: Any = {
 }
 
 
-class Line(NamedTuple):
+class RecordedLine(NamedTuple):
     """The loss along the direction of one step: `losses` as they are, `parabola` as it was fitted."""
 
     step: int
@@ -80,11 +79,11 @@ def rate_figure(records: "Records") -> "Figure":
     return _one_panel(_draw_rate, _records(records))
 
 
-def line_figure(records: "Records | Iterable[Line]") -> "Figure":
-    """The loss along the direction against its parabola, for each `Line`, or each record that has one as its `line`."""
+def line_figure(records: "Records | Iterable[RecordedLine]") -> "Figure":
+    """The loss along the direction against its parabola, for each `RecordedLine` or record with one as its `line`."""
     lines = list(_each_line(_records(records) if isinstance(records, str | Path) else records))
     if not lines:
-        raise ValueError("there is no line to draw: give some gen_dist.plots.Line, or records that have a 'line'")
+        raise ValueError("there is no line to draw: give gen_dist.plots.RecordedLine, or records with a 'line'")
     columns = min(len(lines), 3)
     rows = math.ceil(len(lines) / columns)
     with _style():
@@ -93,7 +92,7 @@ def line_figure(records: "Records | Iterable[Line]") -> "Figure":
     return figure
 
 
-def training_figure(records: "Records", lines: Iterable[Line] = ()) -> "Figure":
+def training_figure(records: "Records", lines: Iterable[RecordedLine] = ()) -> "Figure":
     """A run at a glance: the loss and the learning rate over the steps, and the line against its parabola.
 
     `lines` are drawn, or those of the records that have one as their `line`.
@@ -110,8 +109,8 @@ def training_figure(records: "Records", lines: Iterable[Line] = ()) -> "Figure":
     return figure
 
 
-def suggestion_figure(suggestion: "Suggestion") -> "Figure":
-    """What `suggest_lr` saw: the true line over all rates that it tried, and near its rate against the parabola."""
+def suggestion_figure(suggestion: Any) -> "Figure":
+    """What `suggest_lr` saw, a `Suggestion`: the true line over all rates tried, and near its rate the parabola."""
     rate = suggestion.rate
     near = rate is not None
     if not (suggestion.scan.rates or near):
@@ -158,18 +157,18 @@ def _records(records: "Records") -> list[Record]:
     return [record if "step" in record else {**record, "step": i} for i, record in enumerate(found, 1)]
 
 
-def _each_line(records: Iterable[Any]) -> Iterator[Line]:
+def _each_line(records: Iterable[Any]) -> Iterator[RecordedLine]:
     for record in records:
-        if isinstance(record, Line):
+        if isinstance(record, RecordedLine):
             yield record
         elif isinstance(record, Mapping) and record.get("line") is not None:
             line = record["line"]
-            yield line if isinstance(line, Line) else _line(line)
+            yield line if isinstance(line, RecordedLine) else _line(line)
 
 
-def _line(written: Mapping[str, Any]) -> Line:
+def _line(written: Mapping[str, Any]) -> RecordedLine:
     """A line that was read from a file, where None stands for what was not finite."""
-    line = Line(**written)
+    line = RecordedLine(**written)
     return line._replace(
         losses=[math.nan if loss is None else loss for loss in line.losses],
         parabola=[math.nan if loss is None else loss for loss in line.parabola],
@@ -239,7 +238,7 @@ def _draw_bound(axes: "Axes", records: Sequence[Record], bound: str) -> None:
         )
 
 
-def _draw_lines(figure: "Figure", panels: Sequence["Axes"], lines: Sequence[Line]) -> None:
+def _draw_lines(figure: "Figure", panels: Sequence["Axes"], lines: Sequence[RecordedLine]) -> None:
     for axes, line in zip(panels, lines, strict=True):
         _draw_line(axes, line, f"Step {line.step:,}", min(line.parabola))
     if panels:
@@ -247,7 +246,7 @@ def _draw_lines(figure: "Figure", panels: Sequence["Axes"], lines: Sequence[Line
         _legend_below(figure, panels)
 
 
-def _draw_line(axes: "Axes", line: Line, title: str, lowest: float) -> None:
+def _draw_line(axes: "Axes", line: RecordedLine, title: str, lowest: float) -> None:
     """The true loss and its parabola, whose minimum has the loss `lowest`."""
     _draw_curve(axes, line.learning_rates, line.losses)
     axes.plot(line.learning_rates, line.parabola, color=ORANGE, linewidth=1.8, linestyle="--", label="parabola")
@@ -257,7 +256,7 @@ def _draw_line(axes: "Axes", line: Line, title: str, lowest: float) -> None:
     _draw_minimum(axes, line.minimum, lowest)
 
 
-def _draw_scan(axes: "Axes", suggestion: "Suggestion") -> None:
+def _draw_scan(axes: "Axes", suggestion: Any) -> None:
     rates, losses = suggestion.scan
     _draw_curve(axes, rates, losses)
     axes.axhline(suggestion.loss, color=GREY, linewidth=1, zorder=1, label="loss now")
@@ -271,11 +270,11 @@ def _draw_scan(axes: "Axes", suggestion: "Suggestion") -> None:
         axes.set_ylim(min(*finite, suggestion.loss) - 0.15 * fall, suggestion.loss + fall)
 
 
-def _draw_suggested(axes: "Axes", suggestion: "Suggestion", rate: float) -> None:
+def _draw_suggested(axes: "Axes", suggestion: Any, rate: float) -> None:
     rates, losses = suggestion.line
     loss, slope, curvature = suggestion.loss, suggestion.slope, suggestion.curvature
     parabola = [loss + slope * a + curvature * a**2 / 2 for a in rates]
-    line = Line(0, rates, losses, parabola, rate, suggestion.minimum, suggestion.lr_min, suggestion.lr_max)
+    line = RecordedLine(0, rates, losses, parabola, rate, suggestion.minimum, suggestion.lr_min, suggestion.lr_max)
     _draw_line(axes, line, f"Near the suggested {rate:.3g}", loss + slope * (suggestion.minimum or 0.0) / 2)
 
 

@@ -1,8 +1,8 @@
-"""What a step displaces comes back, also after an interrupt in the very moment of putting it back.
+"""Restores everything that a step moves, even if an interrupt arrives during the restore.
 
-`with put_back(restore):` runs `restore` at its end, as `try ... finally` does. An interrupt (Ctrl-C, SIGTERM) can come
-at any instruction, in that `finally` too; then `restore` runs where an outer block ends, at the latest that of `whole`,
-which stands around a whole step.
+`with restoring(restore):` calls `restore` at its end, as `try ... finally` does. An interrupt (Ctrl-C, SIGTERM) can
+arrive at any instruction, in that `finally` too. Then `restore` runs at the end of an outer block, at the latest that
+of `everything_restored`, which stands around every public call that moves anything.
 """
 
 from __future__ import annotations
@@ -11,15 +11,27 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["gradients_kept", "put_back", "whole"]
+from gen_dist.torch_private import buffers_of, foreach_copy_, local_part, set_grad_enabled
+
+__all__ = [
+    "contents_kept",
+    "everything_restored",
+    "forward_state_kept",
+    "gradients_kept",
+    "restored_on_exit",
+    "restoring",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Restart: TypeAlias = Callable[[], bool]
+"""Restores buffers and random state; returns whether random numbers were drawn since they were saved."""
 
 
 class _Pending(threading.local):
@@ -31,20 +43,66 @@ _pending = _Pending()
 
 
 @contextlib.contextmanager
-def put_back(restore: Callable[[], object]) -> Iterator[None]:
-    """Run `restore` at the end, or a little later if an interrupt keeps it from that. It may run twice."""
+def restoring(restore: Callable[[], object]) -> Iterator[None]:
+    """Call `restore` at the end of the block, or a little later if an interrupt prevents it. It may be called twice."""
     depth = len(_pending.restores)
     _pending.restores.append(restore)
     try:
         yield
     finally:
-        if restore in _pending.restores:  # otherwise it has run, and this is what an interrupt left of the block
-            _run_down_to(depth)
+        if restore in _pending.restores:  # otherwise an outer block has called it after an interrupt
+            _restore_down_to(depth)
+
+
+def restored_on_exit(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function restore everything it moved when it ends, however it ends."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with everything_restored():
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@contextlib.contextmanager
+def everything_restored() -> Iterator[None]:
+    """The outermost block: what an interrupt kept an inner block from restoring is restored here."""
+    enabled, depth = torch.is_grad_enabled(), len(_pending.restores)
+    try:
+        yield
+    finally:
+        _restore_down_to(depth)
+        set_grad_enabled(enabled)
+
+
+def _restore_down_to(depth: int) -> None:
+    while len(_pending.restores) > depth:
+        _pending.restores[-1]()
+        _pending.restores.pop()
+
+
+# ------------------------------------------------------------------------------------------- what is restored
+
+
+@contextlib.contextmanager
+def contents_kept(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Restore the contents of plain tensors bit for bit; yields the copies."""
+    tensors = list(tensors)
+    copies = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        if tensors:
+            foreach_copy_(tensors, copies)
+
+    with restoring(restore):
+        yield copies
 
 
 @contextlib.contextmanager
 def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """The gradients are as they were afterwards: the same tensors, which may be views of DDP's buckets, bit for bit."""
+    """Restore the gradients bit for bit, as the same tensors: they may be views of DDP's buckets."""
     gradients = [p.grad for p in parameters]
     contents = [None if g is None else g.detach().clone() for g in gradients]
 
@@ -55,26 +113,33 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
             if gradient is not None and content is not None:
                 gradient.copy_(content)
 
-    with put_back(restore):
+    with restoring(restore):
         yield
 
 
-def whole(step: Callable[P, R]) -> Callable[P, R]:
-    """Let a step that ends early leave nothing displaced."""
+@contextlib.contextmanager
+def forward_state_kept(model: nn.Module) -> Iterator[Restart]:
+    """Restore what a forward pass changes, buffers and random state; yields a function that does so in between."""
+    names = [(module, name) for module in model.modules() for name in buffers_of(module)]
+    buffers = [buffers_of(module)[name] for module, name in names]
+    present = [local_part(b) for b in buffers if b is not None]
+    contents = [b.clone() for b in present]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
-    @functools.wraps(step)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        enabled, depth = torch.is_grad_enabled(), len(_pending.restores)
-        try:
-            return step(*args, **kwargs)
-        finally:
-            _run_down_to(depth)
-            torch._C._set_grad_enabled(enabled)
+    def restart() -> bool:
+        drawn = not torch.equal(torch.get_rng_state(), random[0]) or any(
+            not torch.equal(torch.cuda.get_rng_state(device), state) for device, state in random[1]
+        )
+        torch.set_rng_state(random[0])
+        for device, state in random[1]:
+            torch.cuda.set_rng_state(state, device)
+        for (module, name), buffer in zip(names, buffers, strict=True):
+            buffers_of(module)[name] = buffer
+        if present:
+            with torch.no_grad():
+                foreach_copy_(present, contents)
+        return drawn
 
-    return guarded
-
-
-def _run_down_to(depth: int) -> None:
-    while len(_pending.restores) > depth:
-        _pending.restores[-1]()
-        _pending.restores.pop()
+    with restoring(restart):
+        yield restart

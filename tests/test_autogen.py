@@ -18,8 +18,7 @@ from test_distributed import BATCH, KINDS, Model, criterion, new_model, parallel
 from torch import Tensor, nn
 
 import gen_dist as gen
-from gen_dist.averaging import Averaging
-from gen_dist.policy.rule import Auto
+from gen_dist import Auto, Averaging
 
 STEPS = 20
 

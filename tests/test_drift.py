@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
+from gen_dist.policy.state import GroupMemory
 from gen_dist.watch import drift
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -93,11 +94,12 @@ def flip_in(training: Training, what: str, key: str = "") -> None:
 def ten_steps(kind: str, automatic: bool) -> list[tuple[str, int]]:
     """The collectives, with their bytes, of a check after ten steps that were each checked."""
     make: Any = gen.AutoGen if automatic else gen.GenScheduler
-    training = Training(kind, make, check_every=1)
+    training = Training(kind, make)
     if kind != "fsdp1":  # it has its shards from the first forward pass on
         training.scheduler.check_in_sync()
     for _ in range(10):
         training.step()
+        training.scheduler.check_in_sync()
     calls: list[tuple[str, int]] = []
 
     def record(name: str) -> Any:
@@ -142,16 +144,16 @@ def after_a_flip(kind: str, what: str, key: str, where: int) -> str:
 
 
 CASES = [
-    ("replica", "second.weight", "", "second.weight"),
-    ("replica", "scale", "", "scale"),
-    ("replica", "shift", "", "shift"),
-    ("replica", "frozen", "", "frozen"),
-    ("replica", "first.bias", "exp_avg", "the state 'exp_avg' of first.bias"),
-    ("replica", "shift", "exp_avg_sq", "the state 'exp_avg_sq' of shift"),
-    ("replica", "scale", "step", "the state 'step' of scale"),
-    ("ddp", "module.first.weight", "", "module.first.weight"),
-    ("ddp", "module.scale", "exp_avg", "the state 'exp_avg' of module.scale"),
-    ("fsdp2", "first.weight", "step", "the state 'step' of first.weight"),
+    ("replica", "second.weight", "", "'second.weight'"),
+    ("replica", "scale", "", "'scale'"),
+    ("replica", "shift", "", "'shift'"),
+    ("replica", "frozen", "", "'frozen'"),
+    ("replica", "first.bias", "exp_avg", "state 'exp_avg' of 'first.bias'"),
+    ("replica", "shift", "exp_avg_sq", "state 'exp_avg_sq' of 'shift'"),
+    ("replica", "scale", "step", "state 'step' of 'scale'"),
+    ("ddp", "module.first.weight", "", "'module.first.weight'"),
+    ("ddp", "module.scale", "exp_avg", "state 'exp_avg' of 'module.scale'"),
+    ("fsdp2", "first.weight", "step", "state 'step' of 'first.weight'"),
 ]
 
 
@@ -162,75 +164,100 @@ def test_one_bit_on_one_rank_is_named_on_all(
 ) -> None:
     said = pool(4).run(after_a_flip, kind, what, key, 1)
     assert set(said) == {
-        f"the ranks have drifted apart: {named} on rank 1 is not what it is on the 3 others. "
-        "Load the last checkpoint that was good on all ranks."
+        f"ranks out of sync: {named} on rank 1 differs from the other 3. "
+        "Load the last checkpoint that is good on all ranks."
     }
 
 
-@pytest.mark.parametrize(("key", "named"), [("", "second.weight"), ("exp_avg", "the state 'exp_avg' of second.weight")])
+@pytest.mark.parametrize(("key", "named"), [("", "'second.weight'"), ("exp_avg", "state 'exp_avg' of 'second.weight'")])
 @pytest.mark.timeout(60)
 def test_shards_are_compared_between_the_replicas_of_a_mesh(pool: Callable[[int], Pool], key: str, named: str) -> None:
     for said in pool(4).run(after_a_flip, "hsdp", "second.weight", key, 3):
-        assert f"{named} on rank 3 is not what it is on rank 1, and no majority" in said
+        assert f"{named} on rank 3 differs from rank 1; no majority" in said
 
 
 def test_a_shard_that_no_other_rank_holds_cannot_be_compared(pool: Callable[[int], Pool]) -> None:
     assert pool(4).run(after_a_flip, "fsdp2", "first.weight", "", 1) == ["none"] * 4
 
 
-def other_numbers(kind: str) -> list[str]:
-    """A rate that differs in its last bit, and then a count of steps."""
-    training, here = Training(kind), dist.get_rank() == 2
+def differing(training: Training, what: str) -> None:
+    """Let one of the numbers that decide the next rate differ on rank 2, in its last bit where it is a float."""
+    scheduler, here = training.scheduler, dist.get_rank() == 2
+    state, group = scheduler.state, training.optimizer.param_groups[0]
+    if what == "the learning rate":
+        rate = torch.tensor(group["lr"], dtype=torch.float64)
+        if here:
+            flip(rate)
+        group["lr"] = rate.item()
+    elif what == "the base learning rates":
+        scheduler.base_lrs[0] += here
+    elif what == "the companions' state":
+        scheduler.companions[-1].updates += here
+    elif what == "ratios":
+        scheduler.state = state._replace(groups=GroupMemory([1.0, 0.5 + 0.1 * here], [0.0] * 2, [[0.0] * 2] * 2))
+    else:
+        scheduler.state = state._replace(**{what: getattr(state, what) + here})
+
+
+def other_numbers(kind: str, what: str) -> str:
+    training = Training(kind, companions=[gen.Verification()])
     training.step()
-    training.scheduler._history = training.scheduler._history._replace(rate=0.25 + here)
-    history = training.complaint()
-    rate = torch.tensor(training.optimizer.param_groups[0]["lr"], dtype=torch.float64)
-    if here:
-        flip(rate)
-    training.optimizer.param_groups[0]["lr"] = rate.item()
-    return [history, training.complaint()]
+    differing(training, what)
+    return training.complaint()
 
 
+NUMBERS = ["the learning rate", "the base learning rates", "the companions' state", "rate", "probe", "step", "ratios"]
+
+
+@pytest.mark.parametrize("what", NUMBERS)
 @pytest.mark.parametrize("kind", ["replica", "fsdp2"])
 @pytest.mark.timeout(60)
-def test_a_rate_or_history_that_differs_is_named(pool: Callable[[int], Pool], kind: str) -> None:
-    for history, rate in pool(4).run(other_numbers, kind):
-        assert "the scheduler's history on rank 2 is not what it is on the 3 others" in history
-        assert "the learning rate on rank 2 is not what it is on the 3 others (the first of 2 differences)" in rate
+def test_numbers_that_decide_the_next_rate_are_compared(pool: Callable[[int], Pool], kind: str, what: str) -> None:
+    for said in pool(4).run(other_numbers, kind, what):
+        named = what if what.startswith("the ") else "the scheduler's state"
+        assert said.startswith(f"ranks out of sync: {named} on rank 2 differs from the other 3.")
+
+
+def two_differences() -> str:
+    training = Training("replica")
+    training.step()
+    differing(training, "the learning rate")
+    differing(training, "rate")
+    return training.complaint()
+
+
+def test_the_first_of_several_differences_is_named(pool: Callable[[int], Pool]) -> None:
+    for said in pool(4).run(two_differences):
+        assert "the learning rate on rank 2 differs from the other 3 (the first of 2 differences)" in said
 
 
 # ------------------------------------------------------------------------------------------------- in training
 
 
 def raises_in_training(every: int) -> tuple[int, str, bool]:
-    """The step that raises after a bit flipped in the first, what it says, and whether it has changed nothing."""
-    training = Training("replica", check_every=every)
+    """The step after which a check raises for a bit that flipped in the first, what it says, what it has changed."""
+    training = Training("replica")
     for step in range(8):
         before = training.scheduler.state_dict()
         try:
-            training.step()
+            if step and step % every == 0:
+                training.scheduler.check_in_sync()
         except RuntimeError as error:
             return step, str(error), training.scheduler.state_dict() == before
+        training.step()
         if step == 0 and dist.get_rank() == 0:
             flip_in(training, "second.bias")
     return -1, "", False
 
 
-@pytest.mark.parametrize(("every", "at"), [(1, 1), (3, 3), (0, -1)])
+@pytest.mark.parametrize(("every", "at"), [(1, 1), (3, 3)])
 @pytest.mark.timeout(60)
-def test_a_check_after_every_so_many_steps(pool: Callable[[int], Pool], every: int, at: int) -> None:
+def test_a_check_in_the_loop_after_every_so_many_steps(pool: Callable[[int], Pool], every: int, at: int) -> None:
     for step, said, unchanged in pool(4).run(raises_in_training, every):
         assert step == at
         if every == 1:
-            assert "second.bias on rank 0 is not what it is on the 3 others" in said
-        assert unchanged == (every > 0)
-
-
-def test_check_every_is_a_number_of_steps() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="check_every must be a whole number of steps, 0 for never, got -1"):
-        gen.GenScheduler(optimizer, model, check_every=-1)
+            assert "'second.bias' on rank 0 differs from the other 3" in said
+        assert unchanged
 
 
 # --------------------------------------------------------------------------------------------------- the hash

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist.parallel import layout as sharding
+from gen_dist.parallel import local
 
 # ------------------------------------------------------------------------------------------------ no half step
 
@@ -31,30 +32,34 @@ class Interrupt(KeyboardInterrupt):
 
 def interrupted_at(point: int, call: Callable[[], Any]) -> bool:
     """Run `call`, interrupted at its n-th call or return, Python's or C's; whether it came so far."""
-    count = 0
+    count, over = 0, False
 
     def count_down(*_: Any) -> None:
         nonlocal count
-        count += 1
-        if count == point:
+        count += not over
+        if count == point and not over:
             sys.setprofile(None)
             raise Interrupt
 
     try:
         sys.setprofile(count_down)
         call()
+        over = True
     except Interrupt:
-        return True
+        over = True
     finally:
         sys.setprofile(None)
-    return False
+    return count >= point
 
 
 def problem(curvature: str) -> tuple[gen.GenScheduler, nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Linear(3, 1))
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-2, momentum=0.9, foreach=False)
-    scheduler = gen.GenScheduler(optimizer, model, nn.functional.mse_loss, curvature=curvature, verify=1)
+    verification = [gen.Verification()]
+    scheduler = gen.GenScheduler(
+        optimizer, model, nn.functional.mse_loss, curvature=curvature, average=True, companions=verification
+    )
     return scheduler, model, torch.randn(4, 2), torch.randn(4, 1)
 
 
@@ -76,6 +81,32 @@ def test_an_interrupt_anywhere_leaves_no_displaced_weights(curvature: str) -> No
         assert scheduler.optimizer.param_groups[0]["lr"] < 2.0**10, f"a trial rate after an interrupt at point {point}"
         point += stride
     assert point > 1000, "the interrupts reached far into the step"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupts of generators that end
+def test_an_interrupt_anywhere_leaves_no_average_in_the_model() -> None:
+    """At every call and return from the beginning of `averaged` to its end."""
+    scheduler, model, x, y = problem("exact")
+    for _ in range(3):
+        scheduler.optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        scheduler.step(x, y)
+        scheduler.optimizer.step()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    point, reached, inside = 1, True, 0
+
+    def look() -> None:
+        nonlocal inside
+        with scheduler.averaged([x]):
+            inside += not torch.equal(model[0].weight, state["0.weight"])
+
+    while reached:
+        reached = interrupted_at(point, look)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), f"{name} is that of the average after an interrupt at point {point}"
+        assert torch.is_grad_enabled()
+        point += 1
+    assert inside > 10, "the interrupts came while the average was there, and while the weights were put back"
 
 
 # --------------------------------------------------------------------------------------------------- no poison
@@ -170,11 +201,11 @@ def train_between_updates(kind: str) -> list[tuple[bool, list[float]]]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         if step == 3 and (rank == last or kind == "ddp"):  # which has reduced it by now
-            sharding.local(next(model.parameters()).grad).view(-1)[:1] = math.nan
+            local(next(model.parameters()).grad).view(-1)[:1] = math.nan
         scheduler.step(x, y)
         optimizer.step()
-        parts = [sharding.local(p.detach()).flatten() for p in model.parameters()]
-        state = [sharding.local(v) for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        parts = [local(p.detach()).flatten() for p in model.parameters()]
+        state = [local(v) for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         seen.append((all(bool(t.isfinite().all()) for t in [*parts, *state]), torch.cat(parts).tolist()))
     return seen
 
@@ -191,49 +222,66 @@ def test_a_gradient_between_updates_spoils_nothing(pool: Callable[[int], Pool], 
 # ----------------------------------------------------------------------------------------------------- no hang
 
 
-def fails_and_goes_on(kind: str) -> tuple[str, float, bool, list[float]]:
-    """The closure of rank 1 fails in the second step: what was raised, how soon, and whether all was as before."""
-    model = network(kind)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
-    scheduler = gen.GenScheduler(optimizer, model, curvature="forward", lr_max=0.1)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    raised, took, kept = "", 0.0, False
-    for step in range(4):
-        x, y = torch.randn(5, 3, generator=generator), torch.randint(0, 2, (5,), generator=generator)
+class Failing:
+    """Training of a small network whose closure fails on rank 1, in its third evaluation of the second step."""
+
+    def __init__(self, kind: str) -> None:
+        self.model = network(kind)
+        self.optimizer = gen.make_gen_optimizer(torch.optim.AdamW, self.model.parameters(), lr=1e-2)
+        self.scheduler = gen.GenScheduler(self.optimizer, self.model, curvature="forward", lr_max=0.1, average=True)
+        self.generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step(self, number: int) -> Exception | None:
+        """Everything of a step but `optimizer.step()`; what `scheduler.step` raised."""
+        x = torch.randn(5, 3, generator=self.generator)
+        y = torch.randint(0, 2, (5,), generator=self.generator)
         calls = 0
 
-        def loss(x: Tensor = x, y: Tensor = y, step: int = step) -> Tensor:
+        def loss() -> Tensor:
             nonlocal calls
             calls += 1
             torch.rand(3)
-            if step == 1 and dist.get_rank() == 1 and calls == 3:
+            if number == 1 and dist.get_rank() == 1 and calls == 3:
                 raise OSError("disk full")
-            return nn.functional.cross_entropy(model(x), y)
+            return nn.functional.cross_entropy(self.model(x), y)
 
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss().backward()
-        before = everything(model, optimizer), scheduler.state_dict()
-        start = time.monotonic()
+        self.before = [v.clone() for v in self.model.state_dict().values()], torch.get_rng_state()
+        self.start = time.monotonic()
         try:
-            scheduler.step(closure=loss)
+            self.scheduler.step(closure=loss)
         except (OSError, RuntimeError) as error:
-            raised, took = f"{type(error).__name__}: {error}", time.monotonic() - start
-            now = everything(model, optimizer)
-            kept = all(torch.equal(a, b) for a, b in zip(now, before[0], strict=True))
-            kept = kept and scheduler.state_dict() == before[1] and optimizer.direction is None
+            return error
+        return None
+
+    def weights(self) -> list[float]:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()]).tolist()
+
+
+def fails_and_skips_the_batch(kind: str) -> tuple[str, float, bool, list[float]]:
+    """What was raised, how soon, whether weights, random state, rate and scheduler were as before; the last weights."""
+    training = Failing(kind)
+    raised, took, kept = "", 0.0, False
+    for number in range(4):
+        state = training.scheduler.state_dict()
+        if error := training.step(number):
+            raised, took = f"{type(error).__name__}: {error}", time.monotonic() - training.start
+            now = training.scheduler.state_dict()
+            same = ("step_expected", "direction_held", "average")
+            kept = all(now[name] == state[name] for name in state if name not in same)
+            weights = training.model.state_dict().values()
+            kept = kept and all(torch.equal(a, b) for a, b in zip(weights, training.before[0], strict=True))
+            kept = kept and torch.equal(torch.get_rng_state(), training.before[1])
+            kept = kept and training.optimizer.param_groups[0]["lr"] == state["rate"]
             continue
-        optimizer.step()
-    return raised, took, kept, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    state = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    return [*(v.clone() for v in model.state_dict().values()), *state, torch.get_rng_state()]
+        training.optimizer.step()
+    return raised, took, kept, training.weights()
 
 
 @pytest.mark.parametrize("kind", ["replica", "ddp"])
 def test_after_a_failure_on_one_rank_the_batch_may_be_skipped(pool: Callable[[int], Pool], kind: str) -> None:
-    one, two = pool(2).run(fails_and_goes_on, kind)
+    one, two = pool(2).run(fails_and_skips_the_batch, kind)
     assert one[0] == "RuntimeError: the loss could not be evaluated on rank 1 (OSError: disk full)"
     assert two[0] == "OSError: disk full"
     for _, took, kept, _ in (one, two):
@@ -242,10 +290,41 @@ def test_after_a_failure_on_one_rank_the_batch_may_be_skipped(pool: Callable[[in
     assert one[3] == two[3]
 
 
+def fails_and_steps(kind: str) -> tuple[list[float], list[Tensor], list[float], list[Tensor], int]:
+    """Weights and optimizer state after a step that the failure did not stop, beside those of the optimizer alone."""
+    training = Failing(kind)
+    training.step(0)
+    training.optimizer.step()
+    twin = copy.deepcopy(training.model.module if kind == "ddp" else training.model)
+    plain = torch.optim.AdamW(twin.parameters())
+    plain.load_state_dict(training.optimizer.state_dict())
+    assert training.step(1) is not None
+    for p, q in zip(twin.parameters(), training.model.parameters(), strict=True):
+        p.grad = q.grad
+    plain.step()
+    training.optimizer.step()
+    states = [[v for s in each.state.values() for v in s.values()] for each in (training.optimizer, plain)]
+    expected = torch.cat([p.detach().flatten() for p in twin.parameters()]).tolist()
+    assert training.scheduler.average is not None
+    return training.weights(), states[0], expected, states[1], training.scheduler.average.count
+
+
+@pytest.mark.parametrize("kind", ["replica", "ddp"])
+def test_after_a_failure_the_next_step_is_an_ordinary_one_at_the_old_rate(
+    pool: Callable[[int], Pool], kind: str
+) -> None:
+    for weights, state, expected, expected_state, averaged in pool(2).run(fails_and_steps, kind):
+        assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True)), "advanced once"
+        assert weights != expected, "averaged weights pull at them"
+        assert averaged == 2, "the step counts"
+        del weights, expected
+
+
 def settings_differ(name: str) -> str:
     options = {
         "lr_max": {"lr_max": 1.0 + dist.get_rank()},
         "update_every": {"update_every": 1 + dist.get_rank()},
+        "companions": {"companions": [gen.Verification(1 + dist.get_rank())]},
         "curvature": {"curvature": ["exact", "gauss-newton"][dist.get_rank()]},
         "group_rates": {"group_rates": ["diagonal", True][dist.get_rank()]},
         "micro-batches": {},
@@ -263,7 +342,7 @@ def settings_differ(name: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("name", ["lr_max", "update_every", "curvature", "group_rates", "micro-batches"])
+@pytest.mark.parametrize("name", ["lr_max", "update_every", "curvature", "group_rates", "companions", "micro-batches"])
 def test_settings_that_differ_are_told_at_the_first_step(pool: Callable[[int], Pool], name: str) -> None:
     for said in pool(2).run(settings_differ, name):
         assert said.startswith("the ranks disagree on settings")
@@ -282,20 +361,27 @@ CALLS = ["step", "step twice", "skip backward", "optimizer first", "micro-batche
     st.booleans(),
     st.sampled_from([False, True, "diagonal"]),
     st.integers(1, 3),
+    st.sampled_from([1e-3, 1e-7, 0.9]),
 )
 def test_any_calls_with_any_numbers_keep_the_rate_in_its_clamp(
-    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int
+    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int, lr: float
 ) -> None:
-    drive(calls, curvature, auto, group_rates, every)
+    """From starts outside the clamp, too."""
+    drive(calls, curvature, auto, group_rates, every, lr)
 
 
 def drive(
-    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int
+    calls: list[tuple[str, float, float]],
+    curvature: str,
+    auto: bool,
+    group_rates: bool | str,
+    every: int,
+    lr: float = 1e-3,
 ) -> list[float]:
     """A small network through calls, with a number put among its inputs and one among its gradients."""
     model = nn.Sequential(network(), nn.Linear(2, 2))
     groups = [{"params": list(part.parameters())} for part in model]
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups[:1], lr=1e-3)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups[:1], lr=lr)
     make: Any = gen.AutoGen if auto else gen.GenScheduler
     limits = {"lr_min": 1e-5, "lr_max": 0.5, "update_every": every, "group_rates": group_rates}
     scheduler = make(optimizer, model, nn.functional.cross_entropy, curvature=curvature, **limits)

@@ -16,7 +16,7 @@ from test_distributed import KINDS, Model, criterion, data, new_model, parallel,
 from torch import Tensor, nn
 
 import gen_dist as gen
-from gen_dist.line.groups import solve
+from gen_dist.policy.groups import solve
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -82,9 +82,9 @@ def train(kind: str, curvature: str = "exact", rates: bool | str = True, auto: b
         scheduler.step(x[here], y[here])
         optimizer.step()
         seen.append(scheduler.get_last_lr())
-        systems.append(scheduler.state_dict()["groups"])
+        systems.append(scheduler.state.groups)
     weights = {name: whole(p) for name, p in inner.named_parameters()}
-    return seen, systems[0][1], systems[0][2], weights
+    return seen, systems[0].numerators, systems[0].denominators, weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +160,8 @@ def test_forward_passes_give_the_diagonal(rates: bool | str) -> None:
     criterion(model(x), y).backward()
     assert forwards(model, lambda: scheduler.step(x, y)) == 2 * 3 + 1
     b, a = oracle()
-    _, seen_b, seen_a = scheduler.state_dict()["groups"]
+    assert scheduler.state.groups is not None
+    _, seen_b, seen_a = scheduler.state.groups
     assert seen_b == pytest.approx(b.tolist(), rel=1e-3)  # finite differences at 1e-3
     assert float64_of(seen_a).diagonal().tolist() == pytest.approx(a.diagonal().tolist(), rel=2e-2)
     assert torch.equal(float64_of(seen_a), float64_of(seen_a).diag().diag())

@@ -45,7 +45,7 @@ def run(recipe: str, **options: Any) -> gen.Update:
 
 
 def test_last_is_plain_numbers() -> None:
-    last = run("A file, and its picture", verify=1)
+    last = run("A file, and its picture", companions=[gen.Verification()])
     numbers = last.numbers()
     assert all(type(number) is float for number in numbers.values())
     assert numbers == {name: value for name, value in last._asdict().items() if isinstance(value, float)} | {
@@ -95,7 +95,7 @@ def test_other_recipes_are_the_same_loop(recipe: str) -> None:
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    run("A file, and its picture", verify=1, group_rates=True, curvature="forward")
+    run("A file, and its picture", companions=[gen.Verification()], group_rates=True, curvature="forward")
     assert capfd.readouterr() == ("", "")
 
 

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gen_dist as gen
-from gen_dist.plots import Line
+from gen_dist.plots import RecordedLine
 
 RATES = [0.0, 0.1, 0.2, 0.3, 0.4]
-LINE = Line(8, RATES, [1.0, 0.8, 0.9, 1.4, math.inf], [1.0, 0.85, 0.8, 0.85, 1.0], 0.1, minimum=0.2, lr_max=0.1)
+LINE = RecordedLine(8, RATES, [1.0, 0.8, 0.9, 1.4, math.inf], [1.0, 0.85, 0.8, 0.85, 1.0], 0.1, minimum=0.2, lr_max=0.1)
 REASONS = ["accepted", "clamped", "shortened", "curvature not positive", None]
 RECORDS: list[dict[str, Any]] = [
     {"step": i + 1, "loss": 2.0 - i / 10, "lr": 0.1 - 0.01 * i, "lr_min": 0.0, "lr_max": 0.2, "reason": reason}

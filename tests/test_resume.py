@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, Callable[..., gen.GenScheduler]] = {
     "exact": lambda *given: gen.ExactGen(*given, update_every=2),
     "approx": gen.ApproxGen,
     "auto": lambda *given: gen.AutoGen(*given, update_every=3),
-    "groups": lambda *given: gen.AutoGen(*given, update_every=3, group_rates=True, verify=1),
+    "groups": lambda *given: gen.AutoGen(*given, update_every=3, group_rates=True, companions=[gen.Verification()]),
 }
 OPTIMIZERS = {
     "adamw": lambda groups: gen.make_gen_optimizer(torch.optim.AdamW, groups, lr=1e-3, weight_decay=0.1),

@@ -25,8 +25,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
+from gen_dist.suggest import Suggestion
 from gen_dist.suggest import __main__ as suggest
-from gen_dist.suggest.suggestion import Suggestion
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ def bowl(power: float, start: float, verify: int = 1, lr: float = 1.0) -> tuple[
     weight = nn.Parameter(torch.tensor([start], dtype=torch.float64))
     model = nn.ParameterList([weight])
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, [weight], lr=lr)
-    scheduler = gen.GenScheduler(optimizer, model, lr_max=math.inf, verify=verify)
+    scheduler = gen.GenScheduler(optimizer, model, lr_max=math.inf, companions=[gen.Verification(verify)])
     return scheduler, weight, lambda: weight.abs().pow(power).sum() / power
 
 
@@ -80,7 +79,8 @@ def verified(kind: str) -> list[tuple[float, float | None, str]]:
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=0.5)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, lr_min=0.5, verify=1)  # a clamp that forces overshoot
+    # a clamp that forces overshoot
+    scheduler = gen.GenScheduler(optimizer, model, criterion, lr_min=0.5, companions=[gen.Verification()])
     seen = []
     for x, y in data()[:4]:
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def fails_in_the_try() -> str:
     rank, calls = dist.get_rank(), 0
     model = new_model()
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
-    scheduler = gen.GenScheduler(optimizer, model, verify=1)
+    scheduler = gen.GenScheduler(optimizer, model, companions=[gen.Verification()])
     x, y = data()[0]
 
     def closure() -> Tensor:
@@ -209,7 +209,7 @@ def signals(name: str) -> list[tuple[float | None, float]]:
     model = new_model()
     cls, arguments = KINDS_OF_STEP[name]
     optimizer = gen.make_gen_optimizer(cls, model.parameters(), **arguments)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, lr_max=1e-2, signal=True)
+    scheduler = gen.GenScheduler(optimizer, model, criterion, lr_max=1e-2, companions=[gen.GradientNoise()])
     here = slice_here()
     seen = []
     for x, y in data()[:STEPS]:
@@ -269,17 +269,17 @@ def test_signal_says_what_it_cannot_do(pool: Callable[[int], Pool]) -> None:
         gen.make_gen_optimizer(torch.optim.Adam, model.parameters(), amsgrad=True),
     ):
         with pytest.raises(TypeError, match="knows the directions of SGD, Adam and AdamW, not of Gen"):
-            gen.GenScheduler(optimizer, model, criterion, signal=True)
+            gen.GenScheduler(optimizer, model, criterion, companions=[gen.GradientNoise()])
     assert pool(2).run(refused_in_ddp) == ["ValueError"] * 2
-    with pytest.raises(ValueError, match="verify must be a whole number"):
-        gen.GenScheduler(copy.copy(optimizer), model, criterion, verify=-1)
+    with pytest.raises(ValueError, match="every must be a whole number of updates, 1 or more, got -1"):
+        gen.Verification(-1)
 
 
 def refused_in_ddp() -> str:
     model = parallel(new_model(), "ddp")
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-2)
     try:
-        gen.GenScheduler(optimizer, model, criterion, signal=True)
+        gen.GenScheduler(optimizer, model, criterion, companions=[gen.GradientNoise()])
     except ValueError as error:
         return type(error).__name__
     return "nothing"

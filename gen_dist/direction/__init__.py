@@ -1,1 +1,21 @@
-"""The update direction `d` of any optimizer, such that its step is `theta <- theta - lr d`."""
+"""The update direction `d` of any optimizer: its step is `theta <- theta - lr d`."""
+
+from gen_dist.direction.direction import Direction, GroupDirection
+from gen_dist.direction.optimizer import (
+    GenOptimizer,
+    as_gen_optimizer,
+    direction_without_trace,
+    make_gen_optimizer,
+)
+from gen_dist.direction.rates import rate_ratios, set_rate
+
+__all__ = [
+    "Direction",
+    "GenOptimizer",
+    "GroupDirection",
+    "as_gen_optimizer",
+    "direction_without_trace",
+    "make_gen_optimizer",
+    "rate_ratios",
+    "set_rate",
+]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gen_dist.direction.optimizer import GenOptimizer
+from gen_dist.direction import GenOptimizer
 from gen_dist.scheduler import GenScheduler
 
 __all__ = ["RateAtStep", "SchedulerFactory", "unwrapped"]

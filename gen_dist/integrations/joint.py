@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gen_dist.direction.optimizer import Direction, GenOptimizer, as_gen_optimizer, rate_ratios
+from gen_dist.direction import Direction, GenOptimizer, as_gen_optimizer, rate_ratios
 
 __all__ = ["JointOptimizer"]
 
@@ -65,12 +65,3 @@ class JointOptimizer(GenOptimizer):
     def reset(self) -> None:
         for optimizer in self.optimizers:
             optimizer.reset()
-
-    def keep_state(self) -> Callable[[], None]:
-        restores = [optimizer.keep_state() for optimizer in self.optimizers]
-
-        def put_back_state() -> None:
-            for restore in restores:
-                restore()
-
-        return put_back_state

@@ -28,9 +28,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_dist.direction.optimizer import as_gen_optimizer
+from gen_dist.direction import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.scheduler import AutoGen, GenScheduler
+from gen_dist.recipes import AutoGen
+from gen_dist.scheduler import GenScheduler
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

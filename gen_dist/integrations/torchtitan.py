@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from gen_dist.direction.optimizer import GenOptimizer
+from gen_dist.direction import GenOptimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory
 from gen_dist.integrations.joint import JointOptimizer
-from gen_dist.scheduler import AutoGen, GenScheduler
+from gen_dist.recipes import AutoGen
+from gen_dist.scheduler import GenScheduler
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer as Base  # imports triton, which is not everywhere

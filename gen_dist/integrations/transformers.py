@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from gen_dist.direction.optimizer import as_gen_optimizer
+from gen_dist.direction import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.scheduler import AutoGen
+from gen_dist.recipes import AutoGen
 
 try:
     from transformers import Trainer

@@ -1,1 +1,38 @@
-"""The loss along the direction, `phi(a) = L(theta - a d)`: on this rank, and over all ranks together."""
+"""The loss along the direction, `phi(a) = L(theta - a d)`: on this rank's slice, and over all ranks together."""
+
+from gen_dist.line.by_jets import exact, gauss_newton
+from gen_dist.line.by_probes import one_probe, two_probes
+from gen_dist.line.data import Criterion, MicroBatch, Slice, as_slice
+from gen_dist.line.estimators import Estimator, estimator
+from gen_dist.line.line import Line, Walk
+from gen_dist.line.measurement import (
+    Measured,
+    Method,
+    check_alike,
+    measure,
+    measure_groups,
+    raise_together,
+    walk_over_ranks,
+)
+
+__all__ = [
+    "Criterion",
+    "Estimator",
+    "Line",
+    "Measured",
+    "Method",
+    "MicroBatch",
+    "Slice",
+    "Walk",
+    "as_slice",
+    "check_alike",
+    "estimator",
+    "exact",
+    "gauss_newton",
+    "measure",
+    "measure_groups",
+    "one_probe",
+    "raise_together",
+    "two_probes",
+    "walk_over_ranks",
+]

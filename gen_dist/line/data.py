@@ -1,19 +1,20 @@
-"""A slice of data and how to get its loss, however the user's script has it."""
+"""This rank's data and how to get its loss, however the user's script has it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Criterion", "as_batches"]
+__all__ = ["Criterion", "MicroBatch", "Slice", "as_slice"]
 
 Criterion: TypeAlias = Callable[..., Tensor]
 
 
-class Batch:
-    """One slice of data: `criterion(model(x), y)` is its loss, or what a closure returns."""
+class MicroBatch:
+    """Data that goes through the model at once: its loss is `criterion(model(x), y)`, or what a closure returns."""
 
     def __init__(
         self,
@@ -26,50 +27,71 @@ class Batch:
         self.model, self.criterion, self.x, self.y, self.closure = model, criterion, x, y, closure
 
     def output(self) -> Any:
+        """The model's output."""
         return self.model(self.x)
 
     def loss(self) -> Tensor:
+        """The loss, a scalar. Raises `TypeError` if it is no real tensor with one element."""
         if self.closure is not None:
             return _scalar(self.closure())
         return self.loss_of(self.output())
 
     def loss_of(self, output: Any) -> Tensor:
+        """The loss of an output of the model."""
         assert self.criterion is not None
         return _scalar(self.criterion(output, self.y))
 
 
-def as_batches(
+class Slice(NamedTuple):
+    """This rank's part of a batch: micro-batches, whose losses are averaged, and its weight among the ranks' slices.
+
+    `loss` holds losses that the training step has already computed, one for each micro-batch.
+    """
+
+    micro_batches: list[MicroBatch]
+    weight: float = 1.0
+    loss: Tensor | None = None
+
+    @property
+    def has_closures(self) -> bool:
+        """Whether a closure computes a loss, so that model and criterion cannot be told apart."""
+        return any(each.closure is not None for each in self.micro_batches)
+
+
+def as_slice(
     model: nn.Module,
     criterion: Criterion | None,
     x: Any = None,
     y: Any = None,
     closure: Callable[[], Tensor] | None = None,
     batches: Sequence[Any] | None = None,
-    may_be_none: bool = False,
+    weight: float = 1.0,
+    loss: Tensor | None = None,
     call: str = "scheduler.step(",
-) -> list[Batch]:
-    """The batches of a call: `(x, y)`, a closure, or a list of such; none at all only where `may_be_none`.
+) -> Slice:
+    """The slice that a call describes: `(x, y)`, a closure, or a list of such; nothing only where `weight` is 0.
 
-    `call` is how the call begins, for errors. Raises `ValueError` or `TypeError` that says what to type.
+    `call` is how the call begins, for error messages. Raises `ValueError` or `TypeError` that says what to type.
     """
+    weight = _checked_weight(weight)
     given = [name for name, value in (("x", x), ("closure", closure), ("batches", batches)) if value is not None]
-    if not given and may_be_none:
-        return []
+    if not given and weight == 0:
+        return Slice([], weight, loss)
     if len(given) != 1:
         raise ValueError(
-            f"{_name(call)} got {' and '.join(given) or 'no batch'}; type one of {call}x, y), "
+            f"{call.partition('(')[0]} got {' and '.join(given) or 'no batch'}; type one of {call}x, y), "
             f"{call}closure=fn), {call}batches=[(x, y), ...])"
         )
     if batches is None:
-        return [_as_batch(model, criterion, closure if closure is not None else (x, y), call)]
-    if not batches:
+        batches = [closure if closure is not None else (x, y)]
+    elif not batches:
         raise ValueError(f"{call}batches=[]): at least one batch is needed")
-    return [_as_batch(model, criterion, batch, call) for batch in batches]
+    return Slice([_as_micro_batch(model, criterion, batch, call) for batch in batches], weight, loss)
 
 
-def _as_batch(model: nn.Module, criterion: Criterion | None, batch: Any, call: str) -> Batch:
+def _as_micro_batch(model: nn.Module, criterion: Criterion | None, batch: Any, call: str) -> MicroBatch:
     if callable(batch):
-        return Batch(model, closure=batch)
+        return MicroBatch(model, closure=batch)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise TypeError(f"a batch is a pair (x, y) or a closure that returns the loss, got {batch!r:.80}")
     x, y = batch
@@ -80,11 +102,14 @@ def _as_batch(model: nn.Module, criterion: Criterion | None, batch: Any, call: s
             f"{call}x, y) needs the criterion, which was not given: pass criterion=, or type {call}closure=fn) with a "
             "function that returns the loss"
         )
-    return Batch(model, criterion, x, y)
+    return MicroBatch(model, criterion, x, y)
 
 
-def _name(call: str) -> str:
-    return call.partition("(")[0]
+def _checked_weight(weight: Any) -> float:
+    number = float(weight)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"weight must be a number >= 0, this rank's share of the batch, got {weight!r}")
+    return number
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -1,1 +1,6 @@
-"""How a model is spread over ranks, and how the ranks talk: the only place that knows kinds of parallelism."""
+"""x"""
+
+from gen_dist.parallel.layout import Layout, local, placed_like
+from gen_dist.parallel.ranks import Ranks, dense
+
+__all__ = ["Layout", "Ranks", "dense", "local", "placed_like"]

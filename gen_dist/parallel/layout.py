@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from gen_dist.parallel.ranks import Ranks
-from gen_dist.restore import put_back
+from gen_dist.restore import restoring as put_back
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -94,6 +94,38 @@ class Layout:
         """The parameters whose gradients nobody averages over the ranks: plain replicas without a wrapper."""
         return [p for p in parameters if not isinstance(p, DTensor) and id(p) not in self.wrapped]
 
+    def average_gradients(self, parameters, ranks, weight=1.0):
+        ranks.average_gradients(self.needs_averaging(parameters), weight)
+
+    def gradients_are_finite(self, parameters, ranks):
+        layout = self
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        if not gradients and not layout.gradient_is_sharded(parameters):
+            return True
+
+        def finite_everywhere(values):
+            bad = ~torch.stack([v.isfinite().all() for v in values]).all() if values else torch.tensor(False)
+            return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
+
+        dtype = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+        norms = list(torch._foreach_norm(gradients, dtype=dtype)) if gradients else []
+        return finite_everywhere([torch.stack(norms)] if norms else []) or finite_everywhere(gradients)
+
+    @property
+    def shards_have_placement(self):
+        return not self.fsdp1
+
+    @property
+    def backward_communicates(self):
+        return bool(self.ddp) or self.forward_communicates
+
+    def holders(self, tensor, ranks):
+        return Holders(self, ranks).of(tensor)
+
+    def holders_counting_steps(self, tensor, ranks):
+        return Holders(self, ranks).counting(tensor)
+
     def gradient_is_sharded(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""
         return bool(self.fsdp1) or any(isinstance(p, DTensor) for p in parameters)
@@ -125,7 +157,7 @@ class Layout:
         return {dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point}
 
     @contextlib.contextmanager
-    def bare(self) -> Iterator[None]:
+    def without_wrappers(self) -> Iterator[None]:
         """Run DDP's inner module in place of DDP: a probe has nothing to synchronise and must not disturb it."""
         wrappers = [wrapper for wrapper in self.ddp if not wrapper.mixed_precision]
 

@@ -5,7 +5,8 @@ One process is the trivial case: without torch.distributed every reduction is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,25 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def sum_by_name(
+        self, numbers: Mapping[str, float], vectors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Sum named numbers and named one-dimensional tensors over the ranks, by one all-reduce. Collective.
+
+        Names, lengths and their order must be the same on all ranks. The host waits once.
+
+        >>> Ranks().sum_by_name({"count": 2}, {"products": torch.tensor([1.0, 2.0])})
+        ({'count': 2.0}, {'products': [1.0, 2.0]})
+        """
+        device = next((vector.device for vector in vectors.values()), self.device)
+        host = torch.tensor([*numbers.values()], dtype=torch.float64).to(device)
+        packed = torch.cat([host, *(vector.detach().to(device, torch.float64) for vector in vectors.values())])
+        sums = iter(self.sum(packed).tolist())
+        return (
+            {name: next(sums) for name in numbers},
+            {name: list(itertools.islice(sums, len(vector))) for name, vector in vectors.items()},
+        )
 
     def any(self, flag: Tensor) -> Tensor:
         """Whether the flag, a boolean scalar, is set on any rank."""

@@ -1,1 +1,39 @@
-"""From what was measured to a learning rate: pure functions of plain numbers."""
+"""The policy: from what was measured to a learning rate, by pure functions of plain numbers."""
+
+from gen_dist.policy.auto import Auto
+from gen_dist.policy.rule import (
+    ACCEPTED,
+    CLAMPED,
+    CURVATURE_IN_ROUNDING,
+    CURVATURE_NOT_POSITIVE,
+    NO_DESCENT,
+    NOT_FINITE,
+    PROMISE_BROKEN,
+    SHORTENED,
+    Clamp,
+    Raw,
+    Rule,
+    update,
+    why_no_minimum,
+)
+from gen_dist.policy.state import State, state_from_dict, state_to_dict
+
+__all__ = [
+    "ACCEPTED",
+    "CLAMPED",
+    "CURVATURE_IN_ROUNDING",
+    "CURVATURE_NOT_POSITIVE",
+    "NOT_FINITE",
+    "NO_DESCENT",
+    "PROMISE_BROKEN",
+    "SHORTENED",
+    "Auto",
+    "Clamp",
+    "Raw",
+    "Rule",
+    "State",
+    "state_from_dict",
+    "state_to_dict",
+    "update",
+    "why_no_minimum",
+]

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from gen_dist.parallel import layout as sharding
-from gen_dist.parallel.layout import DTensor, Holders, Layout
-from gen_dist.parallel.ranks import Ranks
+from gen_dist.parallel import Layout, Ranks, local
 
 __all__ = ["check_in_sync"]
 
@@ -39,7 +37,7 @@ class Held(NamedTuple):
 def check_in_sync(layout: Layout, ranks: Ranks, optimizer: Optimizer, numbers: Mapping[str, object]) -> None:
     """Compare parameters, optimizer state and `numbers`, which all ranks hold. Collective.
 
-    One all-reduce of 16 bytes where all is well. Raises `RuntimeError` on every rank that names the first difference.
+    Costs one all-reduce of 16 bytes if all are equal. Raises `RuntimeError` on every rank, naming the first difference.
     """
     if ranks.size == 1:
         return
@@ -88,15 +86,15 @@ def _difference(held: list[Held], hashes: Tensor, ranks: Ranks) -> str:
             if len(set(of_ranks.values())) > 1:
                 texts.append(f"{what} on {_apart(of_ranks)}")
     more = f" (the first of {len(texts)} differences)" if len(texts) > 1 else ""
-    return f"the ranks have drifted apart: {texts[0]}{more}. Load the last checkpoint that was good on all ranks."
+    return f"ranks out of sync: {texts[0]}{more}. Load the last checkpoint that is good on all ranks."
 
 
 def _apart(values: Mapping[int, int | None]) -> str:
     (usual, most), (_, second) = Counter(values.values()).most_common(2)
     apart = [str(rank) for rank, value in values.items() if value != usual]
     rest = [str(rank) for rank, value in values.items() if value == usual]
-    others = f"the {most} others" if most > second else f"{_ranks(rest)}, and no majority tells which is right"
-    return f"{_ranks(apart)} is not what it is on {others}"
+    others = f"the other {most}" if most > second else f"{_ranks(rest)}; no majority tells which is right"
+    return f"{_ranks(apart)} {'differs' if len(apart) == 1 else 'differ'} from {others}"
 
 
 def _ranks(names: list[str]) -> str:
@@ -112,18 +110,17 @@ def _tensors(layout: Layout, ranks: Ranks, optimizer: Optimizer) -> Iterator[Hel
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"parameter {j} of group {i}")
-    holders = Holders(layout, ranks)
     for parameter, name in names.items():
-        of_parameter = holders.of(parameter)
-        yield Held(name, parameter, of_parameter)
+        of_parameter = layout.holders(parameter, ranks)
+        yield Held(repr(name), parameter, of_parameter)
         state = optimizer.state.get(parameter, {})
         for key in sorted(state, key=str):
             for index, value in enumerate(tree_leaves(state[key])):
-                what = f"the state {key!r} of {name}" + f", its value {index}" * (index > 0)
-                if isinstance(value, DTensor):
-                    yield Held(what, value, holders.of(value))
+                what = f"state {key!r} of {name!r}" + f", value {index}" * (index > 0)
+                if isinstance(value, Tensor) and local(value) is not value:  # it has a placement of its own
+                    yield Held(what, value, layout.holders(value, ranks))
                 elif isinstance(value, Tensor | Number):
-                    counted = holders.counting(parameter) if key == "step" else of_parameter
+                    counted = layout.holders_counting_steps(parameter, ranks) if key == "step" else of_parameter
                     yield Held(what, value if isinstance(value, Tensor) else repr(value), counted)
 
 
@@ -132,7 +129,7 @@ def _tensors(layout: Layout, ranks: Ranks, optimizer: Optimizer) -> Iterator[Hel
 
 def _hashes(values: list[Tensor | str]) -> Tensor:
     """One int64 for each value, on the device of the tensors."""
-    parts = [sharding.local(value.detach()) if isinstance(value, Tensor) else value for value in values]
+    parts = [local(value.detach()) if isinstance(value, Tensor) else value for value in values]
     tensors = [part for part in parts if isinstance(part, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     longest = max((t.numel() for t in tensors), default=0)

@@ -24,9 +24,8 @@ from models import GPT
 from update_cost import token_cross_entropy
 
 import gen_dist as gen
-from gen_dist.line.data import Batch
-from gen_dist.line.line import Line
-from gen_dist.parallel.layout import Layout
+from gen_dist.line import Line, MicroBatch, Slice, exact, gauss_newton
+from gen_dist.parallel import Layout
 
 MIB = 2**20
 
@@ -56,17 +55,17 @@ def main() -> None:
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-4)
     tokens = torch.randint(0, 256, (1, 33), device="cuda" if on_gpu else "cpu")
     x, y = tokens[:, :-1], tokens[:, 1:]
-    mean_loss = Batch(model, token_cross_entropy, x, y)
+    data = Slice([MicroBatch(model, token_cross_entropy, x, y)])
     token_cross_entropy(model(x), y).backward()
     optimizer.compute_param_updates()
     assert optimizer.direction is not None
-    line = Line(Layout(model), optimizer.direction, [mean_loss])
-    line.jet()  # from now on it is known in which order the blocks run
+    line = Line(Layout(model), optimizer.direction, data)
+    exact(line)  # from now on it is known in which order the blocks run
     peaks = {
         "the direction, while it is found": peak_memory(optimizer.compute_param_updates),
-        "exact": peak_memory(line.jet),
-        "gauss-newton": peak_memory(line.gauss_newton),
-        "forward, one probe": peak_memory(lambda: line.losses([1e-4])),
+        "exact": peak_memory(lambda: exact(line)),
+        "gauss-newton": peak_memory(lambda: gauss_newton(line)),
+        "forward, one probe": peak_memory(lambda: line.walk([1e-4])),
         "a plain forward pass": peak_memory(lambda: plain_forward(model, x, y)),
     }
     if dist.get_rank() == 0:

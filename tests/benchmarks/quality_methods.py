@@ -12,9 +12,8 @@ from quality_tasks import ADAMW_RATES, FINE_TUNING_RATES, SGD_RATES, State, Task
 from torch import Tensor, nn
 
 import gen_dist as gen
-from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.parallel.layout import Layout
-from gen_dist.policy.rule import Auto
+from gen_dist.averaging import AveragedWeights
+from gen_dist.parallel import Layout
 
 LAST, AVERAGED = "last", "averaged"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -60,7 +59,7 @@ class Constant(Training):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer)
-        self.average = AveragedWeights(Layout(model), list(model.parameters()), Averaging(power=8, momentum=0))
+        self.average = AveragedWeights(Layout(model), optimizer, gen.Averaging(power=8, momentum=0))
 
     def after_step(self) -> None:
         start = time.process_time()
@@ -215,7 +214,7 @@ def autogen(
     horizon: str | None = None,
     make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     groups: bool | str = False,
-    averaging: Averaging | None = None,
+    averaging: gen.Averaging | None = None,
     **rule: Any,
 ) -> Start:
     """AutoGen with other values of the rule, or another averaging.
@@ -229,7 +228,7 @@ def autogen(
         if groups:
             regroup(optimizer, model)
         known = {"total_steps": steps, "decay": horizon} if horizon else {}
-        options: dict[str, Any] = {"rule": Auto(**rule, **known), "group_rates": groups, "average": averaging}
+        options: dict[str, Any] = {"rule": gen.Auto(**rule, **known), "group_rates": groups, "average": averaging}
         return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, **options))
 
     return start
@@ -267,7 +266,7 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-adamw": autogen(make=make_adamw),
     "autogen-groups": autogen(groups=True),
     "autogen-groups-diagonal": autogen(groups="diagonal"),
-    "autogen-no-momentum": autogen(averaging=Averaging(power=8, momentum=0)),
+    "autogen-no-momentum": autogen(averaging=gen.Averaging(power=8, momentum=0)),
     "autogen-unsmoothed": autogen(smoothing=0.0),
     "autogen-unlimited-growth": autogen(growth=math.inf),
     "autogen-never-settling": autogen(settle_after=10**9),

@@ -39,11 +39,9 @@ from models import CNN, GPT, MLP
 from torch.profiler import ProfilerActivity, profile
 
 import gen_dist as gen
-from gen_dist import scheduler
 from gen_dist.direction import optimizer
-from gen_dist.line import measure as measurement
-from gen_dist.line.data import Batch
-from gen_dist.line.line import Line
+from gen_dist.line import MicroBatch, measurement
+from gen_dist.parallel import Layout
 
 Iteration = Callable[[], None]
 Options = dict[str, Any]  # of a GenScheduler
@@ -179,14 +177,12 @@ def measure(name: str, methods: list[str], rounds: int, repeats: int) -> None:
 PARTS = {
     "plain iteration": None,
     "update": (gen.GenScheduler, "step"),
-    "  gradients finite?": (scheduler, "gradients_are_finite"),
+    "  gradients finite?": (Layout, "gradients_are_finite"),
     "  direction": (gen.GenOptimizer, "compute_param_updates"),
     "    the optimizer's own step": (optimizer, "_base_step"),
-    "  inner products": (measurement, "inner_products"),
-    "  line, by probes": (Line, "losses"),
-    "  line, by jets": (Line, "jet"),
-    "  line, Gauss-Newton": (Line, "gauss_newton"),
-    "    running the model": (Batch, "output"),
+    "  inner products": (measurement, "_inner_products"),
+    "  line": (measurement, "_estimate"),
+    "    running the model": (MicroBatch, "output"),
     "a forward pass without grad": None,
 }
 

@@ -1,0 +1,63 @@
+"""What a companion is: something that the updates of a scheduler carry along, with a state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gen_dist.direction import Direction, GenOptimizer
+from gen_dist.line import Estimator, Line, Measured
+from gen_dist.parallel import Layout, Ranks
+from gen_dist.policy import State
+
+__all__ = ["Companion", "Seen"]
+
+
+class Seen(NamedTuple):
+    """What a companion may look at after the decision, the same on all ranks but for `line`.
+
+    Attributes:
+        line: along which the weights are about to move, at the groups' own ratios.
+        ranks: the ranks that train together.
+        measured: the parabola, and the means over ranks of what companions added.
+        factor: what the rate is multiplied by at this step, by a decay to a known horizon.
+    """
+
+    line: Line
+    ranks: Ranks
+    measured: Measured
+    factor: float
+
+
+class Companion:
+    """Base class: each method may be overridden, and does nothing here.
+
+    All ranks call them alike, at updates only. A companion may communicate in `look` alone, and decides there from
+    numbers over all ranks.
+    """
+
+    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator, group_rates: bool) -> None:
+        """Raise `TypeError` or `ValueError` for a scheduler that this companion cannot serve."""
+
+    def before_averaging(self, parameters: Sequence[Tensor]) -> None:
+        """See the gradients of this rank alone, before they are averaged over the ranks."""
+
+    def numbers(self, optimizer: GenOptimizer, direction: Direction) -> Mapping[str, float]:
+        """Numbers of this rank, by name, which the update's reduction averages over the ranks."""
+        return {}
+
+    def look(self, seen: Seen, state: State) -> tuple[State, Mapping[str, float]]:
+        """Look at the update; return the state to go on with, and fields of `Update` to report."""
+        return state, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the companion needs to go on, as plain numbers."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
