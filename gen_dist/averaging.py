@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from gen_dist.parallel import layout as sharding
-from gen_dist.parallel.layout import Layout
+from gen_dist import parallel as sharding
+from gen_dist.parallel import Layout
 
 __all__ = ["AveragedWeights", "Averaging"]
 
@@ -100,11 +100,12 @@ class AveragedWeights:
         averages = self.average or [_precise(torch.zeros_like(sharding.local(p))) for p in self.parameters]
         pairs = zip(averages, self.parameters, strict=True)
         placed = [sharding.placed_like(a.clone(), p).detach() for a, p in pairs]
-        return {"count": self.count, "average": {_here(): placed} if self.layout.fsdp1 else placed}
+        return {"count": self.count, "average": placed if self.layout.shards_have_placement else {_here(): placed}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = int(state_dict["count"])
-        placed = state_dict["average"][_here()] if self.layout.fsdp1 else state_dict["average"]
+        placed = state_dict["average"]
+        placed = placed if self.layout.shards_have_placement else placed[_here()]
         self.average = [sharding.local(a).clone() for a in placed] if self.count else []
 
 

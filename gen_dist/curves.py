@@ -37,8 +37,7 @@ from gen_dist.line.data import Batch, Criterion, as_batches
 from gen_dist.line.estimators import Exact
 from gen_dist.line.line import Line
 from gen_dist.line.measure import Request, check_alike, losses_together, reduce
-from gen_dist.parallel.layout import Layout
-from gen_dist.parallel.ranks import Ranks
+from gen_dist.parallel import Layout, Ranks
 from gen_dist.restore import gradients_kept, whole
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def _direction(optimizer: Optimizer, layout: Layout, ranks: Ranks, weight: float
         return optimizer.direction
     replicas = layout.needs_averaging([p for group in optimizer.param_groups for p in group["params"]])
     with gradients_kept(replicas):
-        ranks.average_gradients(replicas, weight)
+        layout.average_gradients(replicas, ranks, weight)
         direction = direction_without_trace(optimizer)
     if not ranks.any(torch.tensor(bool(direction))).item():
         raise ValueError("the optimizer holds no direction and no gradients: call loss.backward() first")

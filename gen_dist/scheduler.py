@@ -20,8 +20,8 @@ from gen_dist.line.data import Batch, Criterion, as_batches
 from gen_dist.line.estimators import estimator
 from gen_dist.line.groups import GroupHistory, decide_ratios, measure_system
 from gen_dist.line.line import Line
-from gen_dist.line.measure import Measurement, Request, gradients_are_finite, losses_together, measure
-from gen_dist.parallel.layout import Layout
+from gen_dist.line.measure import Measurement, Request, losses_together, measure
+from gen_dist.parallel import Layout
 from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
@@ -209,13 +209,13 @@ class GenScheduler(LRScheduler):
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         own = {p: p.grad.clone() for p in parameters if p.grad is not None} if due and self.signal else None
-        self.ranks.average_gradients(self.layout.needs_averaging(parameters), weight)
+        self.layout.average_gradients(parameters, self.ranks, weight)
         self.optimizer.reset()
         if due:
             with self._as_before_on_error(slices):
                 finite = self._update(slices, parameters, own, weight, loss)
         else:
-            finite = gradients_are_finite(self.layout, self.ranks, parameters)
+            finite = self.layout.gradients_are_finite(parameters, self.ranks)
         if not finite:
             self.optimizer.skip_step()
         self.last_epoch += 1
@@ -230,7 +230,7 @@ class GenScheduler(LRScheduler):
         loss: Tensor | None,
     ) -> bool:
         """One update; whether the gradients are finite on all ranks."""
-        if finite := gradients_are_finite(self.layout, self.ranks, parameters):
+        if finite := self.layout.gradients_are_finite(parameters, self.ranks):
             self.optimizer.compute_param_updates()
         seen = self._measure(slices, own, self._request(len(slices), weight, loss, finite))
         self._cross_check(seen)

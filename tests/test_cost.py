@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gen_dist as gen
 from gen_dist.line.data import Batch
 from gen_dist.line.line import Line
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from memory import allocations

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist.parallel import layout as sharding
+from gen_dist import parallel as sharding
 
 # ------------------------------------------------------------------------------------------------ no half step
 

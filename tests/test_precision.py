@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist.parallel.layout import local
+from gen_dist.parallel import local
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from models import CNN, GPT

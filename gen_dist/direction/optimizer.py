@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gen_dist.parallel import layout as sharding
+from gen_dist import parallel as sharding
 from gen_dist.restore import put_back
 
 __all__ = ["Direction", "GenOptimizer", "as_gen_optimizer", "make_gen_optimizer"]

@@ -20,8 +20,7 @@ from gen_dist.line.data import Batch
 from gen_dist.line.estimators import Quadratic
 from gen_dist.line.line import Line
 from gen_dist.line.measure import Measurement, Request, inner_products, reduce
-from gen_dist.parallel.layout import Layout
-from gen_dist.parallel.ranks import Ranks
+from gen_dist.parallel import Layout, Ranks
 
 __all__ = ["GroupHistory", "System", "decide_ratios", "measure_system", "solve"]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from gen_dist import parallel as sharding
 from gen_dist.direction.optimizer import Direction
 from gen_dist.jets.jet import Jet, derivatives, velocity_only
 from gen_dist.jets.mode import JetMode
 from gen_dist.line.data import Batch
-from gen_dist.parallel import layout as sharding
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 from gen_dist.restore import put_back
 
 __all__ = ["Line", "undisturbed"]
@@ -55,7 +55,7 @@ class Line:
 
     def losses(self, rates: Iterable[float]) -> Tensor:
         """`phi` at each rate, by moving the weights in place; shape `(batches, rates)`."""
-        with torch.no_grad(), self.layout.bare(), undisturbed(self.model) as restart:
+        with torch.no_grad(), self.layout.without_wrappers(), undisturbed(self.model) as restart:
             with _moved(self.direction) as move_to, self._noting_precision():
                 values = []
                 for rate in rates:
@@ -97,7 +97,7 @@ class Line:
         with (
             torch.no_grad(),
             _uncompiled(),
-            self.layout.bare(),
+            self.layout.without_wrappers(),
             undisturbed(self.model),
             self.layout.moving_weights(velocities, Jet) as table,
         ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -11,18 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gen_dist import parallel as sharding
 from gen_dist.direction.optimizer import Direction
 from gen_dist.line.estimators import Estimator, Quadratic
 from gen_dist.line.line import Line
-from gen_dist.parallel import layout as sharding
-from gen_dist.parallel.layout import Layout
-from gen_dist.parallel.ranks import Ranks, dense
+from gen_dist.parallel import Layout, Ranks
+from gen_dist.parallel.gradients import dense
 
 __all__ = [
     "Measurement",
     "Request",
     "check_alike",
-    "gradients_are_finite",
     "losses_together",
     "measure",
     "raise_together",
@@ -173,23 +171,6 @@ def check_alike(settings: str, ranks: Ranks) -> None:
     texts = ranks.texts(settings)
     if len(set(texts)) > 1:
         raise _disagreement([f"{text:.200}" for text in texts])
-
-
-def gradients_are_finite(layout: Layout, ranks: Ranks, parameters: list[Tensor]) -> bool:
-    """Whether the gradients may enter the optimizer's state: no NaN or infinity in any shard. Collective for shards."""
-    gradients = [sharding.local(p.grad) for p in parameters if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    if not gradients and not layout.gradient_is_sharded(parameters):
-        return True
-
-    def finite_everywhere(values: list[Tensor]) -> bool:
-        bad = ~torch.stack([v.isfinite().all() for v in values]).all() if values else torch.tensor(False)
-        return not (ranks.any(bad) if layout.gradient_is_sharded(parameters) else bad).item()
-
-    # Norms of finite numbers are finite but for overflow, and by far the cheapest look at all of them.
-    dtype = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    norms = list(torch._foreach_norm(gradients, dtype=dtype)) if gradients else []
-    return finite_everywhere([torch.stack(norms)] if norms else []) or finite_everywhere(gradients)
 
 
 def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:

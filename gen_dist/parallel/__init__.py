@@ -1,1 +1,7 @@
 """How a model is spread over ranks, and how the ranks talk: the only place that knows kinds of parallelism."""
+
+from gen_dist.parallel.layout import Layout
+from gen_dist.parallel.placement import local, placed_like
+from gen_dist.parallel.ranks import Ranks
+
+__all__ = ["Layout", "Ranks", "local", "placed_like"]

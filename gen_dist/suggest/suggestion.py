@@ -32,13 +32,11 @@ from gen_dist.line.measure import (
     Measurement,
     Request,
     check_alike,
-    gradients_are_finite,
     losses_together,
     measure,
     raise_together,
 )
-from gen_dist.parallel.layout import Layout
-from gen_dist.parallel.ranks import Ranks
+from gen_dist.parallel import Layout, Ranks
 from gen_dist.policy.rule import ACCEPTED, CLAMPED, NOT_FINITE, SLOPE_NOT_POSITIVE, check_clamp, clamped, whats_wrong
 from gen_dist.restore import gradients_kept, whole
 
@@ -196,7 +194,7 @@ def suggest_lr(
         direction = _lasting(direction_without_trace(optimizer), optimizer)
         if not ranks.any(torch.tensor(bool(direction))).item():
             raise ValueError("no parameter of the optimizer has a gradient: is it this model's, and is it not frozen?")
-        finite = gradients_are_finite(layout, ranks, parameters)
+        finite = layout.gradients_are_finite(parameters, ranks)
         how = Request(estimator(curvature), FIRST_PROBE, None, weight, finite, True, settings)
         line = Line(layout, direction, slices)
         own, seen = _measured(line, line if held_out is None else Line(layout, direction, probed), ranks, how, lr_max)
@@ -216,11 +214,11 @@ def _make_gradients(
             for batch in slices:
                 (batch.loss() * share).backward()
     except Exception as error:
-        if layout.ddp or layout.forward_communicates:  # the others wait for this rank there
+        if layout.backward_communicates:  # the others wait for this rank there
             raise
         failure = error
     raise_together(failure, ranks)
-    ranks.average_gradients(layout.needs_averaging(parameters))
+    layout.average_gradients(parameters, ranks)
 
 
 def _lasting(direction: Direction, optimizer: Optimizer) -> Direction:

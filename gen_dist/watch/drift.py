@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from gen_dist.parallel import layout as sharding
-from gen_dist.parallel.layout import DTensor, Holders, Layout
-from gen_dist.parallel.ranks import Ranks
+from gen_dist import parallel as sharding
+from gen_dist.parallel import Layout, Ranks
 
 __all__ = ["check_in_sync"]
 
@@ -112,18 +111,17 @@ def _tensors(layout: Layout, ranks: Ranks, optimizer: Optimizer) -> Iterator[Hel
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"parameter {j} of group {i}")
-    holders = Holders(layout, ranks)
     for parameter, name in names.items():
-        of_parameter = holders.of(parameter)
+        of_parameter = layout.holders(parameter, ranks)
         yield Held(name, parameter, of_parameter)
         state = optimizer.state.get(parameter, {})
         for key in sorted(state, key=str):
             for index, value in enumerate(tree_leaves(state[key])):
                 what = f"the state {key!r} of {name}" + f", its value {index}" * (index > 0)
-                if isinstance(value, DTensor):
-                    yield Held(what, value, holders.of(value))
+                if isinstance(value, Tensor) and sharding.local(value) is not value:  # it has a placement of its own
+                    yield Held(what, value, layout.holders(value, ranks))
                 elif isinstance(value, Tensor | Number):
-                    counted = holders.counting(parameter) if key == "step" else of_parameter
+                    counted = layout.holders_counting_steps(parameter, ranks) if key == "step" else of_parameter
                     yield Held(what, value if isinstance(value, Tensor) else repr(value), counted)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gen_dist.direction.optimizer import Direction
-from gen_dist.parallel.ranks import dense
+from gen_dist.parallel.gradients import dense
 
 __all__ = ["check_optimizer", "gradient_noise"]
 

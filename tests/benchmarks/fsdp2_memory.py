@@ -26,7 +26,7 @@ from update_cost import token_cross_entropy
 import gen_dist as gen
 from gen_dist.line.data import Batch
 from gen_dist.line.line import Line
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 
 MIB = 2**20
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gen_dist as gen
 from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 from gen_dist.policy.rule import Auto
 
 LAST, AVERAGED = "last", "averaged"
