@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only as tree_map_only  # there is no public one in torch 2.6
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from gen_dist.parallel.kind import Kind
+from gen_dist.torch_private import tree_map_only
 
 __all__ = ["DDP"]
 

@@ -49,7 +49,7 @@ class FSDP2(Kind):
             for name, parameter in module.named_parameters(recurse=False):
                 if unit is not None and isinstance(parameter, DTensor) and parameter in velocities:
                     weights[unit].append(_Weight(module, name, parameter))
-        units = {unit: _Unit(unit, of_unit, velocities, self._plans) for unit, of_unit in weights.items()}
+        units = {unit: _Gathering(unit, of_unit, velocities, self._plans) for unit, of_unit in weights.items()}
         in_order = [units[module] for module in self._plans if module in units]
         for of_unit, following in itertools.pairwise(in_order):
             of_unit.following = following
@@ -77,7 +77,7 @@ _Plan: TypeAlias = dict[DTensor, _Whole]
 """What all weights of a unit are while it runs, by their shards."""
 
 
-class _Unit(Gathering):
+class _Gathering(Gathering):
     """A unit that gathers, once it runs, the velocities of the unit that runs next, which travel while it computes.
 
     Which one that is, and what its weights are when whole, is known from an earlier run: `plans`, in the order in which
@@ -95,7 +95,7 @@ class _Unit(Gathering):
         self.weights = weights
         self.plans = plans
         self.coming: list[tuple[list[DTensor], PendingGather]] = []
-        self.following: _Unit | None = None
+        self.following: _Gathering | None = None
 
     def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
         held: dict[DTensor, Tensor] = {sharded: getattr(module, name) for module, name, sharded in self.weights}
