@@ -41,7 +41,10 @@ class Layout:
         self.kinds = [kind(model) for kind in KINDS]
 
     def _kind_of(self, tensor: Tensor) -> Kind:
-        return next(kind for kind in self.kinds if kind.holds(tensor))
+        for kind in self.kinds:  # not `next` of a generator: an interrupt while one is closed is lost
+            if kind.holds(tensor):
+                return kind
+        raise AssertionError("replicas hold every tensor")
 
     def ranks(self, process_group: dist.ProcessGroup | None = None) -> Ranks:
         """The ranks that train together: of the group given here, else of the model's wrapper, else all ranks."""

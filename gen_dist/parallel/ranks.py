@@ -81,7 +81,8 @@ class Ranks:
         """
         tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
         floats = [float(cast(float, value)) for name, value in numbers.items() if name not in tensors]
-        device = next((tensor.device for tensor in tensors.values()), self.device)
+        devices = [tensor.device for tensor in tensors.values()]
+        device = devices[0] if devices else self.device
         host = iter(torch.tensor(floats, dtype=torch.float64).to(device).split(1))  # one transfer for all of them
         pieces = [
             tensors[name].detach().to(device, torch.float64).flatten() if name in tensors else next(host)
