@@ -1,15 +1,22 @@
 """Every private name of PyTorch that this library uses, each with its reason.
 
-Checked on torch 2.6.0, 2.13.0 and 2.14.1. A name that a later version changes is mended here.
+Checked on torch 2.6.0, 2.13.0 and 2.14.1. If a new version of PyTorch breaks something, look here first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves as tree_leaves  # torch 2.6 has no public ones
+from torch.utils._pytree import tree_map_only as tree_map_only
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 # --- tensors: one call for a whole list. Public optimizers are built on these; the public API has no list form.
 
@@ -28,7 +35,10 @@ set_grad_enabled = torch._C._set_grad_enabled
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor as it is. `to_local()` would be recorded."""
+    """This rank's part of a `DTensor`, sharing its memory; any other tensor as it is.
+
+    With gradients enabled, the public `to_local()` returns a view with a graph.
+    """
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return part
 
@@ -52,3 +62,86 @@ def forward_pre_hooks_of(module: nn.Module) -> dict[int, Any]:
 def patch_step(optimizer: Optimizer) -> None:
     """Give a class its hooks around `step`, as the constructor does; for an object whose class has just changed."""
     optimizer._patch_step_function()
+
+
+# --- parallel: DTensor, FSDP2
+
+
+def with_local_part(tensor: DTensor, part: Tensor) -> DTensor:
+    """A `DTensor` like this one around another part, to which the public `from_local()` would apply an operator."""
+    return type(tensor)(part, tensor._spec, requires_grad=False)
+
+
+def fsdp2_compute_dtype(unit: nn.Module) -> torch.dtype | None:
+    """The dtype of a unit's mixed precision policy, which FSDP2 does not hand out."""
+    return cast(Any, unit)._get_fsdp_state()._mp_policy.param_dtype
+
+
+# --- parallel: FSDP1
+#
+# FSDP1 keeps the weights of a unit in one flat parameter, of which each rank has a piece. Only the "handle" of the unit
+# knows how they lie in it, and there is no public way to either.
+
+
+def fsdp1_handle(wrapper: nn.Module) -> Any:
+    """The handle of a unit; None for one without parameters of its own."""
+    return cast(Any, wrapper)._handle
+
+
+def fsdp1_inner(wrapper: nn.Module) -> nn.Module:
+    """The module inside: the public `module` skips the wrapper of activation checkpointing, whose hooks we need."""
+    return cast(Any, wrapper)._fsdp_wrapped_module
+
+
+def fsdp1_replica_group(wrapper: nn.Module) -> ProcessGroup:
+    """The ranks that hold the same piece, under the hybrid strategies."""
+    return cast(Any, wrapper)._inter_node_pg
+
+
+def fsdp1_is_sharded(handle: Any) -> bool:
+    """Whether ranks hold different pieces: not so with `NO_SHARD`, nor in a group of one rank."""
+    return handle.uses_sharded_strategy
+
+
+def fsdp1_parameters(handle: Any) -> list[Tensor]:
+    """What an optimizer sees of a unit: the original parameters with `use_orig_params`, otherwise the flat one."""
+    flat = handle.flat_param
+    return list(flat._params) if handle._use_orig_params else [flat]
+
+
+def fsdp1_reshard(handle: Any) -> None:
+    """Let go of gathered weights: FSDP1 has no public call for it."""
+    # before the first forward pass nothing has been gathered, and the handle knows no shard yet
+    if fsdp1_is_sharded(handle) and hasattr(handle.flat_param, "_local_shard"):
+        handle.reshard(free_unsharded_flat_param=True)
+
+
+def fsdp1_zeros(handle: Any) -> Tensor:
+    """Zeros in the place of this rank's piece of the flat parameter."""
+    flat = handle.flat_param
+    return torch.zeros_like(flat._local_shard if fsdp1_is_sharded(handle) else flat)
+
+
+def fsdp1_pieces(handle: Any, piece: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parameters that an optimizer sees, each with its place in this rank's piece of the flat one."""
+    if not handle._use_orig_params:
+        yield handle.flat_param, piece
+        return
+    flat = handle.flat_param
+    for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
+        if info.in_shard:
+            yield parameter, piece.narrow(0, info.offset_in_shard, info.numel_in_shard)
+
+
+def fsdp1_weights(handle: Any, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights that a unit holds while it runs, each with its view of a tensor laid out as the flat parameter."""
+    flat = handle.flat_param
+    views = handle._get_unflat_views(whole[: flat._unpadded_unsharded_size.numel()])  # without the padding at the end
+    for (name, module, _), view in zip(flat._param_infos, views, strict=True):
+        yield getattr(module, name), view
+
+
+def enable_gradients_unseen(enabled: bool) -> None:
+    """As `torch.set_grad_enabled`, unseen by a mode that follows what the program itself does."""
+    with torch._C.DisableTorchFunction():
+        torch._C._set_grad_enabled(enabled)

@@ -314,7 +314,8 @@ def test_fsdp2_jets_gather_the_next_direction_before_a_block_computes(
 
 
 def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int) -> list[Tensor | None]:
-    from gen_dist.parallel import ranks as module
+    from gen_dist.parallel import Ranks
+    from gen_dist.parallel import gradients as module
 
     rank = dist.get_rank()
     everywhere, somewhere, nowhere, sparse = (nn.Parameter(torch.ones(3, 2, dtype=dtype)) for _ in range(4))
@@ -326,7 +327,7 @@ def averaged(dtype: torch.dtype, weight_here: list[float], bucket_elements: int)
     before = module.BUCKET_ELEMENTS
     module.BUCKET_ELEMENTS = bucket_elements
     parameters = [everywhere, somewhere, nowhere, sparse]
-    module.Ranks().average_gradients(parameters, weight_here[rank])
+    module.average_gradients(parameters, Ranks(), weight_here[rank])
     module.BUCKET_ELEMENTS = before
     return [p.grad for p in parameters]
 

@@ -22,7 +22,7 @@ from gen_dist.jets.mode import JetMode
 from gen_dist.jets.rules import attention
 from gen_dist.line.data import Batch
 from gen_dist.line.line import Line
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 
 TOLERANCE = 1e-9
 Shapes = tuple[tuple[int, ...], ...]

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist.parallel.layout import Layout
+from gen_dist.parallel import Layout
 
 STEPS = 3
 BATCH = 8

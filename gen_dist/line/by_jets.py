@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from gen_dist.jets import Jet, JetMode, derivatives, velocity_only
 from gen_dist.line.estimate import Estimate
 from gen_dist.line.line import Line
 from gen_dist.restore import forward_state_kept, restoring
+from gen_dist.torch_private import tree_map_only
 
 __all__ = ["exact", "gauss_newton"]
 

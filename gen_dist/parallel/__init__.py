@@ -1,6 +1,8 @@
-"""x"""
+"""How a model is spread over ranks, and how the ranks talk: the only place that knows kinds of parallelism."""
 
-from gen_dist.parallel.layout import Layout, local, placed_like
-from gen_dist.parallel.ranks import Ranks, dense
+from gen_dist.parallel.gradients import dense
+from gen_dist.parallel.layout import Layout
+from gen_dist.parallel.placement import local, placed_like
+from gen_dist.parallel.ranks import Ranks
 
 __all__ = ["Layout", "Ranks", "dense", "local", "placed_like"]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from gen_dist.parallel import Layout, Ranks, local
+from gen_dist.torch_private import tree_leaves
 
 __all__ = ["check_in_sync"]
 
