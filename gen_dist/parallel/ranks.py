@@ -78,7 +78,7 @@ class Ranks:
         >>> Ranks().sum_by_name({"count": 2}, {"products": torch.tensor([1.0, 2.0])})
         ({'count': 2.0}, {'products': [1.0, 2.0]})
         """
-        device = next((vector.device for vector in vectors.values()), self.device)
+        device = [*(vector.device for vector in vectors.values()), self.device][0]
         host = torch.tensor([*numbers.values()], dtype=torch.float64).to(device)  # one transfer for all of them
         packed = torch.cat([host, *(vector.detach().to(device, torch.float64) for vector in vectors.values())])
         sums = iter(self.sum(packed).tolist())  # the host waits here

@@ -70,7 +70,10 @@ class Training:
         self.ddp = ddp
         self.model = DistributedDataParallel(model) if ddp else model
         self.optimizer = gen.make_gen_optimizer(torch.optim.AdamW, self.model.parameters(), lr=1e-3)
-        self.scheduler: gen.GenScheduler = make(self.optimizer, self.model, lr_max=0.1, **options)
+        group = None if ddp else dist.new_group()  # plain copies may train in a group of their own
+        self.scheduler: gen.GenScheduler = make(
+            self.optimizer, self.model, lr_min=1e-9, lr_max=0.1, process_group=group, **options
+        )
         self.data = torch.Generator().manual_seed(dist.get_rank())
         self.happened: Counter[str] = Counter()
 
@@ -121,7 +124,7 @@ class Training:
 def trainings() -> list[Training]:
     forward: dict[str, Any] = {"curvature": "forward", "update_every": 2}
     return [
-        Training(gen.GenScheduler, ddp=False),
+        Training(gen.GenScheduler, ddp=False, companions=[gen.Verification(every=3), gen.GradientNoise()]),
         Training(gen.GenScheduler, ddp=True, **forward),
         Training(gen.AutoGen, ddp=True, update_every=2),
         Training(gen.AutoGen, ddp=False, **forward),
