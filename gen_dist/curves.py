@@ -68,7 +68,7 @@ def second_order_approximation_coeffs(
     data = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
     line, ranks = _line(model, optimizer, data, process_group)
     method = Method(estimator("exact"), 0.0, False, f"{len(data.micro_batches)} batch(es)")
-    parabola = measure(line, ranks, method, finite=True).parabola
+    parabola = measure(line, ranks, method, finite=True, companions={}).parabola
     value, slope, half_curvature = torch.tensor(
         [parabola.loss, -parabola.numerator, parabola.denominator / 2], dtype=torch.float64
     )

@@ -57,7 +57,6 @@ class GroupRates(CommonRate):
         self, line: Line, ranks: Ranks, method: Method, finite: bool, companions: Mapping[str, float], state: State
     ) -> tuple[Measured, State]:
         assert state.groups is not None
-        seen = measure_groups(line, ranks, method, finite, len(state.groups.ratios), self.full)
-        state = state._replace(groups=decide_ratios(state.groups, seen, self.smoothing))
-        assert state.groups is not None
-        return Measured(seen.along(state.groups.ratios), {}, 0.0), state
+        seen = measure_groups(line, ranks, method, finite, companions, len(state.groups.ratios), self.full)
+        groups = decide_ratios(state.groups, seen.parabola, self.smoothing)
+        return seen.along(groups.ratios), state._replace(groups=groups)

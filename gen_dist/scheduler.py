@@ -21,7 +21,7 @@ from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_d
 from gen_dist.rates import CommonRate, GroupRates
 from gen_dist.restore import restored_on_exit
 from gen_dist.update import Update, report
-from gen_dist.watch import Companion, CrossCheck, Seen, check_in_sync
+from gen_dist.watch import Companion, Companions, CrossCheck, Seen, check_in_sync
 
 __all__ = ["GenScheduler"]
 
@@ -91,7 +91,7 @@ class GenScheduler(LRScheduler):
         self.rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
-        self.companions = [*([] if self.estimator.differences else [CrossCheck()]), *companions]
+        self.companions = Companions([*([] if self.estimator.differences else [CrossCheck()]), *companions])
         for companion in self.companions:
             companion.check(optimizer, self.layout, self.estimator, bool(group_rates))
         averaging = Averaging() if average is True else average
@@ -139,18 +139,14 @@ class GenScheduler(LRScheduler):
         due = self._begin(data)
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        watching = self.companions if due else []
-        for companion in watching:
-            companion.before_averaging(parameters)
+        if due:
+            self.companions.before_averaging(parameters)
         self.layout.average_gradients(parameters, self.ranks, data.weight)
         finite = self.layout.gradients_are_finite(parameters, self.ranks)
         direction = self._find_direction(due, finite)
         if due:
             line = Line(self.layout, direction, data)
-            numbers = {name: n for each in watching for name, n in each.numbers(self.optimizer, direction).items()}
-            measured, state = self.rates.measure(line, self.ranks, self._method(data), finite, numbers, self.state)
-            if not measured.parabola.gradients_finite:  # on another rank
-                self._skip_step()
+            measured, state = self._measure(line, finite)
             state = update(self.rule, state, measured.parabola, self._clamp())
             self.state, self.last = self._look(line, measured, state)
         self._set_rates()
@@ -185,20 +181,21 @@ class GenScheduler(LRScheduler):
         if self.average is not None:
             self.average.expect_step(False)
 
-    def _method(self, data: Slice) -> Method:
-        count = len(data.micro_batches)
-        probe = max(self.state.probe, SMALLEST_PROBE)
-        settings = f"{self._settings()}, {count} micro-batch(es)"
-        return Method(self.estimator, probe, self.rule.needs_norms, settings)
+    def _measure(self, line: Line, finite: bool) -> tuple[Measured, State]:
+        """Measure the line; the state comes back with the groups' ratios. Collective."""
+        numbers = self.companions.numbers(self.optimizer, line.direction)
+        settings = f"{self._settings()}, {len(line.data.micro_batches)} micro-batch(es)"
+        method = Method(self.estimator, max(self.state.probe, SMALLEST_PROBE), self.rule.needs_norms, settings)
+        measured, state = self.rates.measure(line, self.ranks, method, finite, numbers, self.state)
+        if not measured.parabola.gradients_finite:  # on another rank
+            self._skip_step()
+        return measured, state
 
     def _look(self, line: Line, measured: Measured, state: State) -> tuple[State, Update]:
-        """Let the companions look, each of which may change the state; return the last state and the report."""
+        """Let the companions look, which may change the state; return the last state and the report. Collective."""
         factor = self.rule.factor(state.step)
         line = replace(line, direction=line.direction.with_ratios(self.rates.ratios(self.optimizer, state)))
-        found: dict[str, float] = {}
-        for companion in self.companions:
-            state, reported = companion.look(Seen(line, self.ranks, measured, factor), state)
-            found |= reported
+        state, found = self.companions.look(Seen(line, self.ranks, measured, factor), state)
         return state, report(state.rate * factor, state.reason, measured.parabola, found)
 
     def _set_rates(self) -> None:
@@ -259,7 +256,7 @@ class GenScheduler(LRScheduler):
             "the learning rate": self.get_last_lr(),
             "the base learning rates": self.base_lrs,
             "the scheduler's state": self.state,
-            "the companions' state": self._companions_state(),
+            "the companions' state": self.companions.state_dict(),
         }
         check_in_sync(self.layout, self.ranks, self.optimizer, numbers)
 
@@ -287,7 +284,7 @@ class GenScheduler(LRScheduler):
             **state_to_dict(self.state),
             "base_lrs": [float(rate) for rate in self.base_lrs],
             "last": None if self.last is None else tuple(self.last),
-            "companions": self._companions_state(),
+            "companions": self.companions.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "step_expected": self.average is not None and self.average.expected,
             "direction_held": self._direction_loaded or self.optimizer.direction is not None,
@@ -302,10 +299,8 @@ class GenScheduler(LRScheduler):
         self.state = state_from_dict(state_dict, self.state)
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
-        saved = state_dict.get("companions", {"Verification": {"updates": state_dict.get("updates", 0)}})
-        for companion in self.companions:
-            if type(companion).__name__ in saved:
-                companion.load_state_dict(saved[type(companion).__name__])
+        first_version = {"Verification": {"updates": state_dict.get("updates", 0)}}
+        self.companions.load_state_dict(state_dict.get("companions", first_version))
         if self.average is not None and state_dict["average"] is not None:
             self.average.load_state_dict(state_dict["average"])
             self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
@@ -315,10 +310,6 @@ class GenScheduler(LRScheduler):
                 "this state was saved between scheduler.step() and optimizer.step(), and the optimizer does not hold "
                 "the direction of that step: load the optimizer's state first; without the direction, the step is lost."
             )
-
-    def _companions_state(self) -> dict[str, dict[str, Any]]:
-        states = {type(companion).__name__: companion.state_dict() for companion in self.companions}
-        return {name: state for name, state in states.items() if state}
 
     def __repr__(self) -> str:
         return (

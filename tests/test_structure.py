@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def imports_of(module: str) -> frozenset[str]:
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -176,6 +177,4 @@ def test_each_option_is_used_in_an_example_or_a_benchmark(option: str) -> None:
 
 
 def test_no_name_hides_a_module_of_the_standard_library() -> None:
-    import sys
-
     assert not {file.stem for file in FILES} & (set(sys.stdlib_module_names) - {"__init__", "__main__"})

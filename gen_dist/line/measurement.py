@@ -61,9 +61,19 @@ class Measured(NamedTuple):
     slices: float
 
 
-def measure(
-    line: Line, ranks: Ranks, method: Method, finite: bool, companions: Mapping[str, float] | None = None
-) -> Measured:
+class MeasuredGroups(NamedTuple):
+    """As `Measured`, of all groups."""
+
+    parabola: GroupParabola
+    means: Mapping[str, float]
+    slices: float
+
+    def along(self, ratios: Sequence[float]) -> Measured:
+        """The line on which the groups' rates keep these ratios."""
+        return Measured(self.parabola.along(ratios), self.means, self.slices)
+
+
+def measure(line: Line, ranks: Ranks, method: Method, finite: bool, companions: Mapping[str, float]) -> Measured:
     """Measure the loss along a line. Collective: one all-reduce of 16 numbers, and one more for each companion's.
 
     `finite` tells whether this rank's gradients are finite. Where those of any rank are not, the parabola is NaN.
@@ -71,11 +81,13 @@ def measure(
     settings that differ.
     """
     products = _inner_products(line.layout, line.direction, ranks.size, method.norms).sum(0, keepdim=True)
-    joint = _reduce([line], ranks, method, finite, products, companions or {})
+    joint = _reduce([line], ranks, method, finite, products, companions)
     return Measured(joint.parabola(0, joint.products[0], method), joint.means, joint.slices)
 
 
-def measure_groups(line: Line, ranks: Ranks, method: Method, finite: bool, count: int, full: bool) -> GroupParabola:
+def measure_groups(
+    line: Line, ranks: Ranks, method: Method, finite: bool, companions: Mapping[str, float], count: int, full: bool
+) -> MeasuredGroups:
     """Measure the loss along the directions of all `count` groups. Collective, as `measure` is.
 
     Off the diagonal by polarisation, `2 d_i'H d_j = q(d_i + d_j) - q(d_i) - q(d_j)`: K (K + 1) / 2 lines, on which
@@ -87,7 +99,7 @@ def measure_groups(line: Line, ranks: Ranks, method: Method, finite: bool, count
     parts = [[group] for group in groups] + [[groups[i], groups[j]] for i, j in pairs]
     lines = [Line(line.layout, Direction(part), line.data) for part in parts]
     products = _inner_products(line.layout, Direction(groups), ranks.size, method.norms)
-    joint = _reduce(lines, ranks, method, finite, products, {})
+    joint = _reduce(lines, ranks, method, finite, products, companions)
 
     own = [joint.parabola(k, joint.products[k], method) for k in range(count)]
     denominators = [[each.denominator if i == j else 0.0 for j in range(count)] for i, each in enumerate(own)]
@@ -95,7 +107,7 @@ def measure_groups(line: Line, ranks: Ranks, method: Method, finite: bool, count
         both = joint.parabola(number, joint.products[i].plus(joint.products[j]), method)
         cross = (both.denominator - own[i].denominator - own[j].denominator) / 2
         denominators[i][j] = denominators[j][i] = cross
-    return GroupParabola(
+    parabola = GroupParabola(
         own[0].loss,
         [each.numerator for each in own],
         denominators,
@@ -105,6 +117,7 @@ def measure_groups(line: Line, ranks: Ranks, method: Method, finite: bool, count
         [each.direction_norm for each in own],
         own[0].gradients_finite,
     )
+    return MeasuredGroups(parabola, joint.means, joint.slices)
 
 
 class JointWalk(NamedTuple):

@@ -166,7 +166,7 @@ def _measured(
     """The parabolas on the own data and on the probed; by finite differences at a distance of the step to take."""
 
     def seen(line: Line, method: Method) -> Parabola:
-        return measure(line, ranks, method, finite).parabola
+        return measure(line, ranks, method, finite, companions={}).parabola
 
     first = seen(own, method)
     if method.estimator.differences:

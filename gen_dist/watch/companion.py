@@ -12,7 +12,7 @@ from gen_dist.line import Estimator, Line, Measured
 from gen_dist.parallel import Layout, Ranks
 from gen_dist.policy import State
 
-__all__ = ["Companion", "Seen"]
+__all__ = ["Companion", "Companions", "Seen"]
 
 
 class Seen(NamedTuple):
@@ -61,3 +61,35 @@ class Companion:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class Companions(list[Companion]):
+    """The companions of a scheduler, asked one after the other."""
+
+    def before_averaging(self, parameters: Sequence[Tensor]) -> None:
+        """Let each see the gradients of this rank alone."""
+        for companion in self:
+            companion.before_averaging(parameters)
+
+    def numbers(self, optimizer: GenOptimizer, direction: Direction) -> dict[str, float]:
+        """The numbers of all, by name."""
+        return {name: n for each in self for name, n in each.numbers(optimizer, direction).items()}
+
+    def look(self, seen: Seen, state: State) -> tuple[State, dict[str, float]]:
+        """Let each look; the state that the last one leaves, and the fields of all."""
+        found: dict[str, float] = {}
+        for companion in self:
+            state, reported = companion.look(seen, state)
+            found |= reported
+        return state, found
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The states of those that have one, by the name of their class."""
+        states = {type(companion).__name__: companion.state_dict() for companion in self}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict()` returned; a companion that was not there then begins anew."""
+        for companion in self:
+            if type(companion).__name__ in state_dict:
+                companion.load_state_dict(state_dict[type(companion).__name__])
