@@ -44,9 +44,9 @@ An operator rule can also compute the derivatives itself. This one is for an ope
 The modules in `gen_dist.jets.rules` hold the operator rules of PyTorch's own operators.
 """
 
-from gen_dist.jets import dispatch, rules  # both register themselves: without them, `Jet` has no operator rules
+from gen_dist.jets import dispatch, rules  # noqa: F401 - imported to register the operator rules
 from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, velocity_only
 from gen_dist.jets.mode import JetMode
 from gen_dist.jets.registry import rule
 
-__all__ = ["Jet", "JetMode", "UnsupportedOperation", "derivatives", "dispatch", "rule", "rules", "velocity_only"]
+__all__ = ["Jet", "JetMode", "UnsupportedOperation", "derivatives", "rule", "velocity_only"]

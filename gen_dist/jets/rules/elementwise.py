@@ -210,6 +210,6 @@ def _prelu(_: Operator, x: Any, weight: Any) -> Any:
 @rule("atan2")
 def _atan2(_: Operator, y: Any, x: Any) -> Any:
     turned = torch.atan2(derivatives(y)[0], derivatives(x)[0])
-    # In coordinates rotated by `turned`, which is constant, the angle is small and `atan` gives it.
+    # In coordinates rotated by `turned`, a constant, the angle is zero at this point, and `atan` gives its change.
     c, s = torch.cos(turned), torch.sin(turned)
     return turned + torch.atan((c * y - s * x) / (c * x + s * y))

@@ -1,4 +1,4 @@
-"""Operators that are linear in several arguments together, or in one argument but not by a table of the registry."""
+"""Operators that are linear in several arguments together, or in one argument under a condition."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _extreme(operator: Operator, x: Any, dim: Any = (), keepdim: bool = False) -
     """The largest (smallest) element along dimensions. Equal elements share the derivatives, as in autograd."""
     x0 = derivatives(x)[0]
     dims = _dimensions(dim, x0)
-    if not dims:
+    if not dims:  # a tensor without dimensions
         return x.clone()
     share = (x0 == operator(x0, dims, True)).to(x0.dtype)
     share = share / share.sum(dims, keepdim=True)
