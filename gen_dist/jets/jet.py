@@ -1,18 +1,8 @@
-"""2-jets: tensors that move along a line, carried forward through any PyTorch program.
+"""`Jet`: a tensor that carries its first and second derivatives along a line. `gen_dist.jets` gives the equations.
 
-Along `theta + a d` every tensor of a forward pass is a curve in `a`. A `Jet` stands for such a curve by its first
-three derivatives at `a = 0`, each a plain tensor: value `x`, velocity `x'`, acceleration `x''`. An operation on
-jets gives the jet of its result (Faa di Bruno's formula to second order):
-
-    f(x)            f(x)    f'(x) x'        f''(x) x'^2 + f'(x) x''
-    bilinear f      f(x,w)  f(x',w)+f(x,w') f(x'',w) + 2 f(x',w') + f(x,w'')
-
-so that one forward pass without a graph ends in the loss, its slope and its curvature, exact up to rounding. `None`
-is a derivative that is zero. What an operation does to the derivatives is a rule of `jets.rules`; this module holds the
-class and what is common to all rules: dispatch, views and writes in place. It works underneath autograd, on the
-operators that every Python or C++ function of PyTorch comes down to, so models need not know of it.
-
-What stops a gradient in autograd (`detach`, `torch.no_grad`) is the business of `jet_mode`, under which models are run.
+`Jet` works below autograd, on the operators that every Python or C++ function of PyTorch calls, so models need no
+change. This module holds what all operator rules share: dispatch, views and writes in place. The operator rules are in
+`gen_dist.jets.rules`. `JetMode` handles what stops a gradient in autograd (`detach`, `torch.no_grad`).
 """
 
 from __future__ import annotations
@@ -24,7 +14,8 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from gen_dist.torch_private import Operator, new_wrapper, no_torch_function
 
 __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
@@ -34,18 +25,18 @@ _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
 
 
 class UnsupportedOperation(NotImplementedError):
-    """An operation that `exact` and `gauss-newton` have no verified derivative for; names it."""
+    """Raised where a model uses an operation that jets cannot pass through. The message names the operation."""
 
     def __init__(self, operation: object, why: str = "has no verified second derivative") -> None:
         super().__init__(
             f"{operation} {why}, so 'exact' and 'gauss-newton' curvature cannot pass through it: "
-            "use curvature='forward', which needs nothing but the values of the loss"
+            "use curvature='forward', which only needs the values of the loss"
         )
 
 
 @contextlib.contextmanager
 def velocity_only() -> Iterator[None]:
-    """Within it, rules leave accelerations out: jets are cut to first order."""
+    """Context manager that cuts jets to first order: operator rules compute no accelerations."""
     token = _velocity_only.set(True)
     try:
         yield
@@ -54,21 +45,24 @@ def velocity_only() -> Iterator[None]:
 
 
 class Jet(Tensor):
-    """A tensor that moves: `value`, `velocity` and `acceleration`, of one shape and dtype; `None` stands for zero.
+    """A tensor that moves along a line: `value`, `velocity` and `acceleration`.
 
-    To PyTorch it is a tensor of `value`'s shape, strides, dtype and device without storage of its own. Views
-    keep their source, so that a write through a view moves the source too, and the other way round.
+    Velocity and acceleration have the shape and dtype of the value. `None` means zero. PyTorch sees a tensor with the
+    shape, strides, dtype and device of `value`, without storage.
+
+    A view keeps a reference to its source, so that a write through the view changes the source, and the other way
+    round.
     """
 
-    rule_for: ClassVar[Callable[[OpOverload], Callable[..., Any]]]  # set by `dispatch`: rules need jets
+    rule_for: ClassVar[Callable[[Operator], Callable[..., Any]]]  # `dispatch` sets it: operator rules need this class
     value: Tensor
     _derivatives: Derivatives
-    _writes: int  # how often the derivatives were overwritten; a view compares it with what it saw
+    _writes: int  # how often the derivatives were overwritten; a view compares it with the count it saw
     _source: tuple[Jet, Callable[[Tensor], Tensor], int] | None
 
     @staticmethod
     def __new__(cls, value: Tensor, velocity: Tensor | None = None, acceleration: Tensor | None = None) -> Jet:
-        jet = torch.Tensor._make_wrapper_subclass(
+        jet = new_wrapper(
             cls,
             value.shape,
             strides=value.stride(),
@@ -83,7 +77,7 @@ class Jet(Tensor):
         return jet
 
     def current(self) -> Derivatives:
-        """Velocity and acceleration, after any write through the source of this view."""
+        """Return velocity and acceleration, including what was written through the source of this view."""
         if self._source is not None:
             source, view, seen = self._source
             derivatives = source.current()
@@ -102,8 +96,19 @@ class Jet(Tensor):
     def acceleration(self) -> Tensor | None:
         return self.current()[1]
 
+    @property
+    def is_view(self) -> bool:
+        return self._source is not None
+
+    def viewed(self, value: Tensor, view: Callable[[Tensor], Tensor]) -> Jet:
+        """Return a view of this jet. `value` is the view of `self.value`, and `view` takes it of a derivative."""
+        velocity, acceleration = self.current()
+        result = Jet(value, applied(view, velocity), applied(view, acceleration))
+        result._source = (self, view, self._writes)
+        return result
+
     def write(self, derivatives: Derivatives) -> None:
-        """Replace the derivatives, here and in everything that shares memory with this jet."""
+        """Replace the derivatives of this jet and of all jets that share memory with it."""
         self.current()
         if self._source is None:
             self._derivatives = derivatives
@@ -118,26 +123,35 @@ class Jet(Tensor):
             )
         )
 
+    def become_view(self, view: Callable[[Tensor], Tensor]) -> None:
+        """Replace the value and the derivatives by views of them. This jet must not be a view itself."""
+        velocity, acceleration = self.current()
+        self.value = view(self.value)
+        self._derivatives = (applied(view, velocity), applied(view, acceleration))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         velocity, acceleration = self.current()
         return f"Jet(value={self.value}, velocity={velocity}, acceleration={acceleration})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, operation: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+        cls, operator: Operator, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return cls.rule_for(operation)(*args, **(kwargs or {}))
+        return cls.rule_for(operator)(*args, **(kwargs or {}))
 
 
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
-    """`(x, x', x'')` of a jet; of anything else `(x, None, None)`."""
+    """Return `(x, x', x'')` for a jet, and `(x, None, None)` for anything else."""
     return (x.value, *x.current()) if isinstance(x, Jet) else (x, None, None)
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:
-    """The jet of these derivatives, brought to the shape and dtype of `value`; `value` itself if both are zero."""
+    """Return the jet with these derivatives, expanded to the shape and converted to the dtype of `value`.
+
+    Return `value` itself if both derivatives are None. Drop the acceleration inside `velocity_only`.
+    """
     if _velocity_only.get():
         acceleration = None
     if velocity is None and acceleration is None:
@@ -146,10 +160,12 @@ def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None =
 
 
 def wants_acceleration() -> bool:
+    """Return False inside `velocity_only`."""
     return not _velocity_only.get()
 
 
 def shaped_like(value: Tensor, derivative: Tensor | None) -> Tensor | None:
+    """Return the derivative with the dtype and the shape of `value`."""
     if derivative is None:
         return None
     if derivative.dtype != value.dtype:
@@ -157,18 +173,30 @@ def shaped_like(value: Tensor, derivative: Tensor | None) -> Tensor | None:
     return derivative if derivative.shape == value.shape else derivative.expand(value.shape)
 
 
-def applied(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
-    return None if x is None else function(x)
+def applied(linear: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
+    """Return `linear(x)`, and None for None: a linear function maps zero to zero."""
+    return None if x is None else linear(x)
+
+
+def values(arguments: Any) -> Any:
+    """Return the arguments with each jet replaced by its value, inside tuples, lists and dicts too."""
+    if isinstance(arguments, Jet):
+        return arguments.value
+    if type(arguments) in (tuple, list):
+        return type(arguments)([values(x) for x in arguments])
+    if type(arguments) is dict:
+        return {key: values(x) for key, x in arguments.items()}
+    return arguments
 
 
 def _write_through(
     view: Callable[[Tensor], Tensor], like: Tensor, before: Tensor | None, written: Tensor | None
 ) -> Tensor | None:
-    """The source's derivative after its view was overwritten. Derivatives are never changed in place."""
+    """Return the source's derivative after a write to its view, as a new tensor, since derivatives may be shared."""
     if before is None and written is None:
         return None
     after = torch.zeros_like(like) if before is None else torch.empty_like(like).copy_(before)
     part = view(after)
-    assert part.untyped_storage().data_ptr() == after.untyped_storage().data_ptr(), "a view, not a copy"
+    assert part.untyped_storage().data_ptr() == after.untyped_storage().data_ptr(), "the view made a copy"
     part.copy_(torch.zeros((), dtype=like.dtype, device=like.device) if written is None else written)
     return after

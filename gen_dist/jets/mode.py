@@ -1,4 +1,4 @@
-"""Running a program on jets: what stands for its weights, and where its gradient is stopped."""
+"""`JetMode`: runs a program on jets in place of its weights, and stops derivatives where autograd stops them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation
+from gen_dist.jets.jet import Jet, UnsupportedOperation, values
+from gen_dist.torch_private import active_function_modes, autograd_function_of, recurrent_kernels, set_grad_enabled
 
 __all__ = ["JetMode"]
 
-_set_grad_enabled = torch._C._set_grad_enabled
 _detach = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
-_recurrent = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
 
 
 class JetMode(TorchFunctionMode):
-    """Within it, functions see what `table` lists, by identity of a tensor, in its place.
+    """Context manager in which functions receive `table[id(tensor)]` in place of each tensor that the table lists.
 
-    The modules themselves stay as they are, and weights that a loss uses outside of them are found too. As in
-    autograd, `detach` and `torch.no_grad` stop derivatives. Gradients need not be enabled by the caller, and nothing
-    is recorded.
+    Modules are not changed, and weights that the loss uses outside of a module are replaced too. As in autograd,
+    `detach` and `torch.no_grad` stop derivatives. The caller need not enable gradients, and autograd records no graph.
 
-    A custom `torch.autograd.Function` is refused: its forward code need not agree with the gradient that it declares.
+    A custom `torch.autograd.Function` raises `UnsupportedOperation`, since its forward code and the gradient that it
+    defines may disagree.
     """
 
     def __init__(self, table: dict[int, Tensor]) -> None:
         super().__init__()
         self.table = table
-        self.stopped = False  # inside a no_grad region of the program's own
+        self.stopped = False  # whether the program is inside a `no_grad` region of its own
         self._outer: list[bool] = []
 
     def __enter__(self) -> JetMode:
-        # With gradients enabled, the program's own no_grad regions can be told. None is required, so none is kept.
+        # With gradients enabled here, a switch to disabled comes from the program. No tensor requires a gradient, so
+        # autograd records nothing.
         self._enabled_before = torch.is_grad_enabled()
-        _set_grad_enabled(True)
+        set_grad_enabled(True)
         super().__enter__()
         return self
 
@@ -46,26 +46,26 @@ class JetMode(TorchFunctionMode):
         self.leave()
 
     def leave(self) -> None:
-        """End it, if it has begun and not ended yet."""
-        if self in _get_current_function_mode_stack():
+        """Exit the mode if it is active."""
+        if self in active_function_modes():
             super().__exit__(None, None, None)
-            _set_grad_enabled(self._enabled_before)
+            set_grad_enabled(self._enabled_before)
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is _set_grad_enabled:
+        if function is set_grad_enabled:
             self._note_grad_mode(args[0])
             return function(*args)
         kind = getattr(function, "__name__", "")
         if kind == "__set__" or (kind == "__get__" and function not in _detach and id(args[0]) not in self.table):
-            return function(*args)  # an attribute of this very tensor, such as `data` or `grad`
+            return function(*args)  # an attribute of the tensor itself, such as `data` or `grad`
         args, kwargs = self._replaced(args), self._replaced(kwargs or {})
         if self.stopped or function in _detach:
-            return function(*_values(args), **_values(kwargs))
+            return function(*values(args), **values(kwargs))
         if not torch.is_grad_enabled():
             _refuse_custom_function(args, kwargs)
-        if function not in _recurrent:
+        if function not in recurrent_kernels:
             return function(*args, **kwargs)
-        # Fused recurrent kernels are one operator without a second derivative; unfused, they are elementary ones.
+        # A fused recurrent kernel is one operator without an operator rule. Unfused, it is several that have one.
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
             return function(*args, **kwargs)
 
@@ -82,10 +82,11 @@ class JetMode(TorchFunctionMode):
         return arguments
 
     def _note_grad_mode(self, enabled: bool) -> None:
-        """Follow the program in and out of `no_grad` and `enable_grad`.
+        """Record that the program enters or leaves `no_grad` or `enable_grad`.
 
-        A switch from on to off opens a `no_grad` region, or closes an `enable_grad` one; only the program's own count.
-        In the forward of an autograd.Function gradients are off already, which is no stop.
+        A switch from enabled to disabled enters a `no_grad` region or leaves an `enable_grad` region. Only switches by
+        the program are seen here. PyTorch disables gradients in the forward of an autograd.Function without such a
+        switch, and derivatives do not stop there.
         """
         before = torch.is_grad_enabled()
         if enabled and not before:
@@ -95,25 +96,15 @@ class JetMode(TorchFunctionMode):
             self.stopped = self._outer.pop() if self._outer else True
 
 
-def _values(arguments: Any) -> Any:
-    if isinstance(arguments, Jet):
-        return arguments.value
-    if type(arguments) in (tuple, list):
-        return type(arguments)([_values(x) for x in arguments])
-    if type(arguments) is dict:
-        return {key: _values(x) for key, x in arguments.items()}
-    return arguments
-
-
 def _refuse_custom_function(args: Any, kwargs: Any) -> None:
-    """Gradients are off although the program did not stop them: this is the forward of an autograd.Function."""
+    """Raise if jets have entered a custom autograd.Function: gradients are disabled, but not by the program."""
     if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
         return
     for function in _running_functions():
-        # PyTorch's own, such as reentrant checkpointing and the moves of DTensors, declare the gradient of what they do
+        # PyTorch's own functions, such as those of checkpointing and DTensor, define the gradient of their forward code
         if not function.__module__.startswith("torch."):
             name = f"the custom autograd.Function '{function.__name__}'"
-            raise UnsupportedOperation(name, "may declare another gradient than that of its forward code")
+            raise UnsupportedOperation(name, "may define another gradient than that of its forward code")
 
 
 def _leaves(arguments: Any) -> Iterator[Any]:
@@ -127,10 +118,11 @@ def _leaves(arguments: Any) -> Iterator[Any]:
 
 
 def _running_functions() -> Iterator[type]:
-    """The autograd.Functions whose forward is on the stack, innermost first."""
+    """Yield the autograd.Functions whose forward is running, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        context = frame.f_locals.get("ctx")
-        if frame.f_code.co_name == "forward" and isinstance(context, torch.autograd.function.BackwardCFunction):
-            yield type(context)._forward_cls  # type: ignore[attr-defined]
+        if frame.f_code.co_name == "forward":
+            function = autograd_function_of(frame.f_locals.get("ctx"))
+            if function is not None:
+                yield function
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,36 +1,41 @@
-"""Which operators there are: with a rule, linear, constant, making new tensors, or taken apart by PyTorch itself."""
+"""The operators that jets know: operator rules by name, and tables of the operators that need no rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch._ops import OpOverload
 
 from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
+from gen_dist.torch_private import Operator, decompositions, is_composite, name_of, overload_name_of
 
 aten = torch.ops.aten
 
+OperatorRule = TypeVar("OperatorRule", bound=Callable[..., Any])
+
 RULES: dict[str, Callable[..., Any]] = {}
+CHOSEN: dict[Operator, Callable[..., Any]] = {}  # what `dispatch` has chosen so far, by operator
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
+    """Decorator that registers an operator rule for all overloads of the named operators.
+
+    A name is `add` for `aten.add.Tensor`, and `namespace::name` outside ATen. The operator rule is called as
+    `f(operator, *args, **kwargs)`, and only if at least one argument is a moving `Jet` or a list with one. Jets that do
+    not move are replaced by their values. It returns what the operator returns, with jets for the tensors that move.
+    """
+
+    def register(function: OperatorRule) -> OperatorRule:
         RULES.update(dict.fromkeys(names, function))
+        CHOSEN.clear()
         return function
 
     return register
 
 
-def name_of(operation: OpOverload) -> str:
-    """`add` for `aten.add.Tensor`; with its namespace for operators outside ATen."""
-    return operation._schema.name.removeprefix("aten::")
-
-
-# Results that do not move with their arguments: booleans, integers, shapes, piecewise constant functions.
+# The result does not move with the arguments: booleans, integers, shapes, piecewise constant functions.
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
     "trunc floor_divide logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
@@ -39,13 +44,13 @@ CONSTANT = frozenset(
     "_assert_tensor_metadata _assert_async".split()
 )
 
-# New tensors in the likeness of a jet: they stand still until something is written into them.
+# The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.
 FACTORIES = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided new_zeros "
     "new_ones new_full".split()
 )
 
-# Linear in the first argument (a tensor or a list of them), the others standing still.
+# The result is linear in the first argument, a tensor or a list of tensors. The other arguments must not move.
 LINEAR = frozenset(
     "alias detach lift_fresh clone contiguous _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
     "expand squeeze unsqueeze slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk "
@@ -59,27 +64,32 @@ LINEAR = frozenset(
 )
 
 
-def linear(operation: OpOverload) -> Callable[..., Any]:
-    """The rule of an operator that is linear in its first argument: applied to each derivative."""
+def linear(operator: Operator) -> Callable[..., Any]:
+    """Return the operator rule of an operator that is linear in its first argument: it maps each derivative."""
 
-    def apply(_: OpOverload, x: Any, *args: Any, **kwargs: Any) -> Any:
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, Jet):
-                raise UnsupportedOperation(operation, "has a moving argument besides its first one")
-        value = operation(_part(x, 0), *args, **kwargs)
+    def apply(_: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_jets(operator, (*args, *kwargs.values()))
+        value = operator(_part(x, 0), *args, **kwargs)
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()):
                 return value
-            velocity, acceleration = (_of_part(operation, _part(x, k), args, kwargs) for k in (1, 2))
+            velocity, acceleration = (_of_part(operator, _part(x, k), args, kwargs) for k in (1, 2))
             return as_jet(value, velocity, acceleration)
-        parts = [_of_part(operation, _part(x, k), args, kwargs) for k in (1, 2)]
+        parts = [_of_part(operator, _part(x, k), args, kwargs) for k in (1, 2)]
         return [as_jet(v, *(p and p[i] for p in parts)) for i, v in enumerate(value)]
 
     return apply
 
 
+def refuse_jets(operator: Operator, others: Iterable[Any]) -> None:
+    """Raise `UnsupportedOperation` if one of the arguments after the first is a jet."""
+    for argument in others:
+        if isinstance(argument, Jet):
+            raise UnsupportedOperation(operator, "has a moving argument besides its first one")
+
+
 def _part(x: Any, k: int) -> Any:
-    """The k-th derivative of a tensor or of a list of tensors; None where all of it is zero."""
+    """Return the k-th derivative of a tensor, or the list of those of a list. None means that all are zero."""
     if not isinstance(x, (list, tuple)):
         return derivatives(x)[k]
     parts = [derivatives(item)[k] for item in x]
@@ -88,50 +98,50 @@ def _part(x: Any, k: int) -> Any:
     return [torch.zeros_like(derivatives(item)[0]) if p is None else p for item, p in zip(x, parts, strict=True)]
 
 
-def _of_part(operation: OpOverload, part: Any, args: Any, kwargs: Any) -> Any:
+def _of_part(operator: Operator, part: Any, args: Any, kwargs: Any) -> Any:
     if part is None:
         return None
-    if name_of(operation) == "constant_pad_nd":
-        return operation(part, args[0])
-    return operation(part, *args, **kwargs)
+    if name_of(operator) == "constant_pad_nd":
+        return operator(part, args[0])  # derivatives are padded with zeros
+    return operator(part, *args, **kwargs)
 
 
-def view_of_derivative(operation: OpOverload, value: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The view taken of `value`, taken of its derivative `x`, whose strides may be others."""
-    name = name_of(operation)
+def view_of_derivative(operator: Operator, value: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Take the view that the operator takes of `value` of its derivative `x`, whose strides may differ."""
+    name = name_of(operator)
     if name in ("view", "_unsafe_view", "_reshape_alias"):
         if not isinstance(args[0], (list, tuple)):
-            raise UnsupportedOperation(operation, "reinterprets the bits of a value that moves")
+            raise UnsupportedOperation(operator, "reinterprets the bits of a value that moves")
         return x.reshape(args[0])
     if name == "as_strided":
         same_layout = torch.empty_strided(value.shape, value.stride(), dtype=x.dtype, device=x.device).copy_(x)
         size, stride, *offset = args
         start = (offset[0] if offset else value.storage_offset()) - value.storage_offset()
         return same_layout.as_strided(size, stride, start)
-    return operation(x, *args, **kwargs)
+    return operator(x, *args, **kwargs)
 
 
-def functional_form(operation: OpOverload) -> Callable[..., Any] | None:
-    """The operator that returns what this one writes in place."""
-    name = name_of(operation)
+def functional_form(operator: Operator) -> Callable[..., Any] | None:
+    """Return the operator that returns what this one writes in place, or None if there is none."""
+    name = name_of(operator)
     if name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "geometric_"):
-        return lambda x, *args, **kwargs: operation(x.value, *args, **kwargs)
+        return lambda x, *args, **kwargs: operator(x.value, *args, **kwargs)
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return packet if packet is None else getattr(packet, operation._overloadname, packet)
+    return packet if packet is None else getattr(packet, overload_name_of(operator), packet)
 
 
-def decomposition(operation: OpOverload) -> Callable[..., Any] | None:
-    """PyTorch's own reduction of the operator to simpler ones, as a rule."""
-    steps = decomposition_table.get(operation)
-    if steps is None and operation.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-        steps = operation.decompose
+def decomposition(operator: Operator) -> Callable[..., Any] | None:
+    """Return PyTorch's reduction of the operator to simpler ones as an operator rule, or None if there is none."""
+    steps = decompositions.get(operator)
+    if steps is None and is_composite(operator):
+        steps = operator.decompose
     if steps is None:
         return None
 
-    def apply(_: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    def apply(_: Operator, *args: Any, **kwargs: Any) -> Any:
         try:
             return steps(*args, **kwargs)
-        except UnsupportedOperation as error:  # of a step, whose name the user does not know
-            raise UnsupportedOperation(operation) from error
+        except UnsupportedOperation as error:  # it names a step, which the user does not know
+            raise UnsupportedOperation(operator) from error
 
     return apply

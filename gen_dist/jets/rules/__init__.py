@@ -1,19 +1,22 @@
-"""What each PyTorch operator does to the derivatives of a jet: one rule an operator.
+"""The operator rules: what each PyTorch operator does to the derivatives of a jet.
 
-Rules get the operator and its arguments, at least one of which is a moving `Jet`, and return jets. `x0, x1, x2` are
-value, velocity and acceleration; `None` is zero. Derivatives are never changed in place once a rule has returned
-them, so rules may share them. What has no rule here is taken apart by PyTorch's own decompositions into operators
-that have one; what has neither is refused by name.
+An operator rule receives the operator and its arguments, of which at least one is a moving `Jet`, and returns jets.
+In the code, `x0, x1, x2` are value, velocity and acceleration; `None` means zero. Operator rules may share derivatives
+between jets, since nothing changes a derivative in place after an operator rule has returned it.
+
+An operator without a rule runs by its decomposition in PyTorch, which calls simpler operators. An operator without a
+decomposition raises `UnsupportedOperation`.
 """
 
 from gen_dist.jets.rules import (
     attention,
     communication,
     elementwise,
+    linear,
     losses,
     normalisation,
     products,
     reductions,
 )
 
-__all__ = ["attention", "communication", "elementwise", "losses", "normalisation", "products", "reductions"]
+__all__ = ["attention", "communication", "elementwise", "linear", "losses", "normalisation", "products", "reductions"]

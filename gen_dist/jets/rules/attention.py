@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from gen_dist.jets.jet import as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.products import matrix_product
+from gen_dist.torch_private import Operator, arguments_by_name, schema_of
 
-# As many scores are in memory at once, or those of one head. On a GPU more, as each part costs launches.
+# How many scores are in memory at once, or the scores of one head if that is more. A GPU gets larger parts, since
+# each part costs kernel launches.
 SCORES, SCORES_ON_CPU = 2**24, 2**17
 
 
@@ -24,10 +25,9 @@ SCORES, SCORES_ON_CPU = 2**24, 2**17
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
-def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """`softmax(scale q k' + mask) v`, some heads after others; of the results a program sees the first alone."""
-    names = [argument.name for argument in operation._schema.arguments]
-    given = dict(zip(names[3:], args, strict=False)) | kwargs
+def _attention(operator: Operator, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """`softmax(scale q k' + mask) v`, a few heads at a time. Programs only see the first of the results."""
+    given = arguments_by_name(operator, query, key, value, *args, **kwargs)
     scale = given.get("scale")
     how = _Settings(
         1 / math.sqrt(query.size(-1)) if scale is None else scale,
@@ -38,7 +38,7 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
     )
     batch, heads = query.shape[:2]
     if how.mask is None:
-        scores = query.size(2) * key.size(2)  # of a head
+        scores = query.size(2) * key.size(2)  # of one head
         most = SCORES_ON_CPU if query.device.type == "cpu" else SCORES
         batch = max(most // (heads * scores), 1)
         heads = min(how.groups * max(most // (how.groups * scores), 1), heads)
@@ -46,7 +46,7 @@ def _attention(operation: OpOverload, query: Any, key: Any, value: Any, *args: A
     for q, k, v in zip(*(x.split(batch) for x in (query, key, value)), strict=True):
         of_heads = q.split(heads, 1), k.split(heads // how.groups, 1), v.split(heads // how.groups, 1)
         rows.append(_joined([_mixed(*some, how) for some in zip(*of_heads, strict=True)], 1))
-    return (_joined(rows, 0), *(torch.empty(0) for _ in operation._schema.returns[1:]))
+    return (_joined(rows, 0), *(torch.empty(0) for _ in schema_of(operator).returns[1:]))
 
 
 class _Settings(NamedTuple):
@@ -54,7 +54,7 @@ class _Settings(NamedTuple):
     causal: bool
     mask: Any
     dropout: float
-    groups: int  # as many heads share a key and a value
+    groups: int  # how many heads share a key and a value
 
 
 def _joined(parts: list[Any], dimension: int) -> Any:
@@ -62,7 +62,7 @@ def _joined(parts: list[Any], dimension: int) -> Any:
 
 
 def _mixed(q: Any, k: Any, v: Any, how: _Settings) -> Any:
-    """The attention of some heads; all have the shape `(batch, heads, time, width)`."""
+    """Return the attention of some heads. All arguments have the shape `(batch, heads, time, width)`."""
     shape = q.shape[:2]
     if how.groups > 1:
         k, v = k.repeat_interleave(how.groups, 1), v.repeat_interleave(how.groups, 1)
@@ -76,7 +76,7 @@ def _mixed(q: Any, k: Any, v: Any, how: _Settings) -> Any:
         value.masked_fill_(torch.ones_like(value[0], dtype=torch.bool).triu_(1), -math.inf)
     if how.mask is None:
         weights = _softmax_in_place(*derivatives(scores))
-    else:  # which may hide everything from a position: that one gets zero
+    else:  # the mask may hide all keys from a query, which then gets zero
         weights = aten._safe_softmax(torch.add(scores.unflatten(0, shape), how.mask).flatten(0, 1), -1)
     if how.dropout:
         weights = torch.dropout(weights, how.dropout, True)
@@ -84,7 +84,7 @@ def _mixed(q: Any, k: Any, v: Any, how: _Settings) -> Any:
 
 
 def _softmax_in_place(x0: Tensor, x1: Tensor | None, x2: Tensor | None) -> Any:
-    """Softmax along the last dimension, its derivatives in the memory of those of `x`."""
+    """Return the softmax along the last dimension. The derivatives of `x` are overwritten."""
     y = torch.softmax(x0, -1)
     if x1 is not None:
         x1 -= (y * x1).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Functional collectives, which DTensors use inside a model: linear, so each derivative is communicated."""
+"""Functional collectives, which DTensors call inside a model. They are linear: each derivative is communicated."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, applied, as_jet
+from gen_dist.jets.jet import Jet, UnsupportedOperation
 from gen_dist.jets.registry import rule
+from gen_dist.jets.rules.terms import mapped
+from gen_dist.torch_private import Operator
 
 NAMESPACE = "_c10d_functional::"
 
@@ -20,17 +21,17 @@ NAMESPACE = "_c10d_functional::"
         for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast")
     )
 )
-def _collective(operation: OpOverload, x: Jet, *args: Any) -> Any:
+def _collective(operator: Operator, x: Jet, *args: Any) -> Any:
     if any(argument in ("max", "min", "product", "band", "bor", "bxor") for argument in args):
-        raise UnsupportedOperation(operation)
+        raise UnsupportedOperation(operator)
 
     def finished(part: Tensor) -> Tensor:
-        result: Tensor = torch.ops._c10d_functional.wait_tensor(operation(part, *args))
+        result: Tensor = torch.ops._c10d_functional.wait_tensor(operator(part, *args))
         return result
 
-    return as_jet(finished(x.value), *(applied(finished, part) for part in x.current()))
+    return mapped(finished(x.value), finished, x)
 
 
 @rule(NAMESPACE + "wait_tensor", NAMESPACE + "_wrap_tensor_autograd")
-def _already_finished(_: OpOverload, x: Jet) -> Jet:
+def _already_finished(_: Operator, x: Jet) -> Jet:
     return x

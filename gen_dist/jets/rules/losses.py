@@ -1,50 +1,37 @@
-"""Embeddings and losses."""
+"""Loss functions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
-from gen_dist.jets.registry import rule
-
-
-@rule("_embedding_bag", "_embedding_bag_forward_only")
-def _embedding_bag(operation: OpOverload, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    names = [argument.name for argument in operation._schema.arguments]
-    given = dict(zip(names[1:], args, strict=False)) | kwargs
-    if given.get("mode", 0) == 2 or isinstance(given.get("per_sample_weights"), Jet):
-        raise UnsupportedOperation(operation, "with mode 'max' or moving weights has no verified derivative")
-    w0, w1, w2 = derivatives(weight)
-    value, *rest = operation(w0, *args, **kwargs)
-    moved = (None if d is None else operation(d, *args, **kwargs)[0] for d in (w1, w2))
-    return as_jet(value, *moved), *rest
+from gen_dist.jets.jet import derivatives
+from gen_dist.jets.registry import refuse_jets, rule
+from gen_dist.jets.rules.terms import mapped
+from gen_dist.torch_private import Operator
 
 
 @rule("nll_loss_forward", "nll_loss2d_forward")
-def _nll_loss(operation: OpOverload, x: Any, *args: Any) -> Any:
-    if any(isinstance(argument, Jet) for argument in args):
-        raise UnsupportedOperation(operation, "has a moving argument besides its first one")
-    x0, x1, x2 = derivatives(x)
-    value, total_weight = operation(x0, *args)
-    return as_jet(value, *(None if d is None else operation(d, *args)[0] for d in (x1, x2))), total_weight
+def _nll_loss(operator: Operator, x: Any, *args: Any) -> Any:
+    refuse_jets(operator, args)
+    value, total_weight = operator(derivatives(x)[0], *args)
+    return mapped(value, lambda d: operator(d, *args)[0], x), total_weight
 
 
 def _reduced(loss: Any, reduction: int) -> Any:
-    """ATen's codes: 0 none, 1 mean, 2 sum."""
+    """Reduce by ATen's code: 0 is none, 1 is mean, 2 is sum."""
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
 
 @rule("mse_loss")
-def _mse_loss(_: OpOverload, x: Any, target: Any, reduction: int = 1) -> Any:
+def _mse_loss(_: Operator, x: Any, target: Any, reduction: int = 1) -> Any:
     error = x - target
     return _reduced(error * error, reduction)
 
 
 @rule("huber_loss")
-def _huber_loss(_: OpOverload, x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
+def _huber_loss(_: Operator, x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
     error = x - target
     size = error.abs()
     near = derivatives(size)[0] <= delta
@@ -52,23 +39,23 @@ def _huber_loss(_: OpOverload, x: Any, target: Any, reduction: int = 1, delta: f
 
 
 @rule("smooth_l1_loss")
-def _smooth_l1_loss(operation: OpOverload, x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
+def _smooth_l1_loss(_: Operator, x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
     error = x - target
     size = error.abs()
     near = derivatives(size)[0] < beta
-    bowl = (0.5 / beta) * error * error if beta else size
-    return _reduced(torch.where(near, bowl, size - 0.5 * beta), reduction)
+    parabola = (0.5 / beta) * error * error if beta else size
+    return _reduced(torch.where(near, parabola, size - 0.5 * beta), reduction)
 
 
 @rule("binary_cross_entropy")
-def _binary_cross_entropy(_: OpOverload, x: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
+def _binary_cross_entropy(_: Operator, x: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
     loss = -(target * torch.log(x).clamp_min(-100) + (1 - target) * torch.log(1 - x).clamp_min(-100))
     return _reduced(loss if weight is None else loss * weight, reduction)
 
 
 @rule("binary_cross_entropy_with_logits")
 def _binary_cross_entropy_with_logits(
-    _: OpOverload, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+    _: Operator, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
 ) -> Any:
     scale = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
     loss = (1 - target) * x - scale * torch.nn.functional.logsigmoid(x)
@@ -76,7 +63,8 @@ def _binary_cross_entropy_with_logits(
 
 
 @rule("xlogy")
-def _xlogy(_: OpOverload, x: Any, y: Any) -> Any:
+def _xlogy(_: Operator, x: Any, y: Any) -> Any:
+    """`x log y`, which is zero where `x` is zero, whatever `y` is. `kl_div` calls it."""
     zero = derivatives(x)[0] == 0
     y = torch.where(torch.as_tensor(zero), torch.ones_like(derivatives(y)[0]), y)
     return x * torch.log(y)

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from gen_dist.jets.jet import as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.terms import Term
+from gen_dist.torch_private import Operator, overload_name_of, schema_of
 
 
 class Normalisation(NamedTuple):
-    """`n = (x - E x) / sqrt(var x + eps)` at one point, and its derivatives.
+    """`n = (x - E x) / sqrt(var x + eps)` at one point, and what its derivatives need.
 
-    `tangent(v)` is `J v`, with the Jacobian there: it is symmetric, so that the backward kernel computes it.
-    `mean(a, b)` is `E[a b]` over what is normalised together, in a shape that broadcasts.
+    `tangent(v)` is `J v`, where `J` is the Jacobian. `J` is symmetric, so PyTorch's backward kernel computes it.
+    `mean(a, b)` is `E[a b]` over the elements that are normalised together, in a shape that broadcasts.
     """
 
     n0: Tensor
@@ -28,7 +28,7 @@ class Normalisation(NamedTuple):
     mean: Callable[[Tensor, Tensor], Tensor]
 
     def applied_to(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The derivatives of `n`, each a new tensor. Differentiating twice, with `h = rstd E[n0 x1]`,
+        """Return value, velocity and acceleration of `n`, each a new tensor. With `h = rstd E[n0 x1]`:
 
         n1 = J x1        n2 = J x2 - 2 h n1 - (E[n1^2] + eps rstd^2 h^2) n0
         """
@@ -45,7 +45,7 @@ class Normalisation(NamedTuple):
 
 
 def _affine(normal: tuple[Tensor, Tensor | None, Tensor | None], weight: Any, bias: Any) -> Any:
-    """The jet of `n w + b`, in the memory of the derivatives of `n`."""
+    """Return the jet of `n w + b`. The value and the derivatives of `n` are overwritten."""
     n0, n1, n2 = normal
     (w0, w1, w2), (b0, b1, b2) = derivatives(weight), derivatives(bias)
 
@@ -65,7 +65,7 @@ def _affine(normal: tuple[Tensor, Tensor | None, Tensor | None], weight: Any, bi
 
 
 @rule("native_layer_norm")
-def _layer_norm(_: OpOverload, x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
+def _layer_norm(_: Operator, x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple[Any, Any, Any]:
     x0 = derivatives(x)[0].contiguous()
     dims = list(range(x0.dim() - len(shape), x0.dim()))
     n0, mean, rstd = aten.native_layer_norm(x0, shape, None, None, eps)
@@ -82,7 +82,7 @@ def _layer_norm(_: OpOverload, x: Any, shape: list[int], weight: Any, bias: Any,
 
 @rule("native_group_norm")
 def _group_norm(
-    _: OpOverload, x: Any, weight: Any, bias: Any, n: int, channels: int, positions: int, groups: int, eps: float
+    _: Operator, x: Any, weight: Any, bias: Any, n: int, channels: int, positions: int, groups: int, eps: float
 ) -> Any:
     x0, sizes = derivatives(x)[0].contiguous(), (n, channels, positions, groups)
     n0, mean, rstd = aten.native_group_norm(x0, None, None, *sizes, eps)
@@ -104,7 +104,7 @@ def _group_norm(
 
 
 def _unused() -> Any:
-    """Statistics saved for a backward pass that there is not."""
+    """Return a stand-in for the statistics that a backward pass would read. There is no backward pass."""
     return torch.empty(0)
 
 
@@ -113,19 +113,19 @@ def _for_channels(parameter: Any, dim: int) -> Any:
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
-def _batch_norm(operation: OpOverload, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
-    if operation._overloadname == "no_stats":
+def _batch_norm(operator: Operator, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+    if overload_name_of(operator) == "no_stats":
         rest = (None, None, *rest)
     running_mean, running_var, training, momentum, eps = rest
     x0, dim = derivatives(x)[0], x.dim()
-    # The operator itself moves the running statistics, as in a plain forward pass.
+    # The operator updates the running statistics itself, as in a plain forward pass.
     n0, mean, rstd = aten.native_batch_norm(x0, None, None, running_mean, running_var, training, momentum, eps)
     if training:
         backward = aten.native_batch_norm_backward
         no_mean, no_scale, count = torch.zeros_like(mean), torch.ones_like(rstd), x0.numel() // mean.numel()
 
         def mean_product(a: Tensor, b: Tensor) -> Tensor:
-            # the gradient of the weight, with statistics that do nothing, is the sum of a b without a product in memory
+            # With mean 0 and scale 1, the gradient of the weight is the sum of a b. No product is stored.
             mask = [False, True, False]
             product = backward(a, b, None, None, None, no_mean, no_scale, True, eps, mask)[1]
             return _for_channels(product / count, dim)
@@ -141,12 +141,12 @@ def _batch_norm(operation: OpOverload, x: Any, weight: Any, bias: Any, *rest: An
         scale = _for_channels(torch.rsqrt(running_var + eps), dim)
         normal = (n0, *(None if d is None else d * scale for d in derivatives(x)[1:]))
     parameters = (_for_channels(p, dim) for p in (weight, bias))
-    unseen = (_unused() for _ in operation._schema.returns[1:])
+    unseen = (_unused() for _ in schema_of(operator).returns[1:])
     return (_affine(normal, *parameters), *unseen)
 
 
 @rule("_fused_rms_norm")
-def _fused_rms_norm(operation: OpOverload, x: Any, shape: list[int], weight: Any, eps: float | None) -> Any:
+def _fused_rms_norm(operator: Operator, x: Any, shape: list[int], weight: Any, eps: float | None) -> Any:
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     dims = list(range(x.dim() - len(shape), x.dim()))
     normal = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""Sums of products of derivatives, where None is zero."""
+"""Sums of products of derivatives, where None means zero."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_dist.jets.jet import derivatives, wants_acceleration
+from gen_dist.jets.jet import applied, as_jet, derivatives, wants_acceleration
 
 
 def times(a: Any, b: Any) -> Any:
@@ -24,11 +24,17 @@ def scaled(x: Any, factor: Any) -> Any:
     return x if x is None or factor == 1 else x * factor
 
 
+def mapped(value: Tensor, linear: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Return the jet of `value`, whose derivatives are those of `x` under a linear function."""
+    _, x1, x2 = derivatives(x)
+    return as_jet(value, applied(linear, x1), applied(linear, x2))
+
+
 Term = tuple[int, Any, Any]
 
 
 def second_order(x: Any, w: Any) -> tuple[list[Term], list[Term]]:
-    """The terms `factor * a * b` of velocity and acceleration of a product of `x` and `w`, zero ones left out."""
+    """Return the terms `factor * a * b` of the velocity and of the acceleration of a product, without zero terms."""
     (x0, x1, x2), (w0, w1, w2) = derivatives(x), derivatives(w)
     velocity = [(1, x1, w0), (1, x0, w1)]
     acceleration = [(1, x2, w0), (1, x0, w2), (2, x1, w1)] if wants_acceleration() else []
@@ -42,7 +48,7 @@ def second_order(x: Any, w: Any) -> tuple[list[Term], list[Term]]:
 def total_of(
     product: Callable[[Any, Any], Tensor], add_product: Callable[[Tensor, Any, Any, int], Any], terms: list[Term]
 ) -> Tensor | None:
-    """The sum of the terms, a tensor of its own, built up in place."""
+    """Return the sum of the terms as a new tensor. `add_product(total, a, b, factor)` adds one of them in place."""
     if not terms:
         return None
     (factor, a, b), *others = terms

@@ -1,0 +1,87 @@
+"""Operators that are linear in several arguments together, or in one argument under a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
+from gen_dist.jets.registry import rule
+from gen_dist.jets.rules.terms import mapped
+from gen_dist.torch_private import Operator, arguments_by_name
+
+
+@rule("where")
+def _where(_: Operator, condition: Any, x: Any, y: Any) -> Any:
+    condition = derivatives(condition)[0]
+    (x0, x1, x2), (y0, y1, y2) = derivatives(x), derivatives(y)
+
+    def choose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None and b is None else torch.where(condition, _or_zero(a), _or_zero(b))
+
+    return as_jet(torch.where(condition, x0, y0), choose(x1, y1), choose(x2, y2))
+
+
+def _or_zero(x: Any) -> Any:
+    return 0.0 if x is None else x
+
+
+@rule("masked_fill")
+def _masked_fill(_: Operator, x: Any, mask: Tensor, fill: Any) -> Any:
+    if isinstance(fill, Jet):
+        return torch.where(mask, fill, x)
+    return mapped(derivatives(x)[0].masked_fill(mask, fill), lambda d: d.masked_fill(mask, 0), x)
+
+
+@rule("copy", "fill")
+def _copy(_: Operator, target: Any, source: Any, *args: Any) -> Any:
+    value = derivatives(target)[0]
+    s0, s1, s2 = derivatives(source)
+    return as_jet(torch.empty_like(value).copy_(torch.as_tensor(s0)), s1, s2)
+
+
+@rule("native_dropout")
+def _native_dropout(operator: Operator, x: Any, p: float, train: bool | None) -> Any:
+    value, mask = operator(derivatives(x)[0], p, train)
+    scale = (0.0 if p == 1 else 1 / (1 - p)) if train or train is None else 1.0
+    return mapped(value, lambda d: d * mask * scale, x), mask
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(operator: Operator, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    given = arguments_by_name(operator, weight, *args, **kwargs)
+    if given.get("mode", 0) == 2 or isinstance(given.get("per_sample_weights"), Jet):
+        raise UnsupportedOperation(operator, "with mode 'max' or moving weights has no verified derivative")
+    value, *rest = operator(derivatives(weight)[0], *args, **kwargs)
+    return mapped(value, lambda d: operator(d, *args, **kwargs)[0], weight), *rest
+
+
+def _jointly_linear(*positions: int) -> Callable[..., Any]:
+    """Return the operator rule of an operator that is linear in the arguments at these positions together."""
+
+    def apply(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+        values = [derivatives(argument)[0] for argument in args]
+
+        def at(k: int) -> Tensor | None:
+            parts = list(values)
+            if all(derivatives(args[i])[k] is None for i in positions if i < len(args)):
+                return None
+            for i in positions:
+                part = derivatives(args[i])[k]
+                if part is None:
+                    part = torch.zeros_like(values[i]) if isinstance(values[i], Tensor) else 0
+                parts[i] = part
+            result: Tensor = operator(*parts, **kwargs)
+            return result
+
+        return as_jet(operator(*values, **kwargs), at(1), at(2))
+
+    return apply
+
+
+rule("slice_scatter", "select_scatter", "diagonal_scatter")(_jointly_linear(0, 1))
+rule("index_put", "_unsafe_index_put", "masked_scatter")(_jointly_linear(0, 2))
+rule("index_add", "index_copy", "scatter", "scatter_add")(_jointly_linear(0, 3))
