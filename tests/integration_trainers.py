@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_distributed import BATCH, Model, criterion, data
+from problems import BATCH, Model, criterion, data
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset

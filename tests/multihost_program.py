@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_distributed import BATCH, criterion, data, new_model, parallel, train
+from problems import BATCH, criterion, data, new_model, parallel
+from training import train
 
 import gen_dist as gen
 

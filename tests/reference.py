@@ -36,7 +36,7 @@ def direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor
 
 def derivatives(loss: Callable[[], Tensor], parameters: Sequence[Tensor], d: Sequence[Tensor]) -> tuple[float, ...]:
     """`(L, g.d, d'Hd)` by double backward."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         value = loss()
         gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
         slope = sum((g * v).sum() for g, v in zip(gradient, d, strict=True))
@@ -109,3 +109,24 @@ def gauss_newton(
         output, moved = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (point,), (tangent,))
     leaf = output.detach().requires_grad_()
     return derivatives(lambda: criterion(leaf, y), [leaf], [moved.detach()])
+
+
+def estimate(
+    model: nn.Module,
+    criterion: Callable[[Any, Tensor], Tensor],
+    x: Any,
+    y: Tensor,
+    d: Sequence[Tensor],
+    curvature: str,
+    h: float,
+    probes: int,
+) -> tuple[float, float]:
+    """`(g.d, d'Hd)` as the estimator of this name defines them; `h` and `probes` are those of finite differences."""
+    weights = [*model.parameters()]
+    if curvature == "forward":
+        return finite_differences(lambda: criterion(model(x), y), weights, d, h, probes)
+    if curvature == "gauss-newton":
+        _, slope, bend = gauss_newton(model, criterion, x, y, d)
+    else:
+        _, slope, bend = derivatives(lambda: criterion(model(x), y), weights, d)
+    return slope, bend

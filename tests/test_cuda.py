@@ -13,7 +13,8 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from test_distributed import criterion, data, new_model, parallel
+from problems import criterion, data, new_model, parallel
+from programs import torchrun
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -43,13 +44,8 @@ def oracle(curvature: str, probes: int) -> tuple[float, float]:
     model = new_model()
     x, y = data()[0]
     criterion(model(x), y).backward()
-    weights = [*model.parameters()]
-    d = reference.direction(model, torch.optim.AdamW(weights, lr=1.0))
-    if curvature == "gauss-newton":
-        return reference.gauss_newton(model, criterion, x, y, d)[1:]  # type: ignore[return-value]
-    if curvature == "forward":
-        return reference.finite_differences(lambda: criterion(model(x), y), weights, d, 1e-2, probes)
-    return reference.derivatives(lambda: criterion(model(x), y), weights, d)[1:]  # type: ignore[return-value]
+    d = reference.direction(model, torch.optim.AdamW(model.parameters(), lr=1.0))
+    return reference.estimate(model, criterion, x, y, d, curvature, 1e-2, probes)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -95,7 +91,7 @@ def test_training_equals_the_cpu_reference() -> None:
 @pytest.mark.parametrize("kind", ["replica", "ddp", "fsdp2"])
 def test_nccl(kind: str, tmp_path: Path) -> None:
     """One rank, as there is one GPU here; the program is run for itself, NCCL's state with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", __file__, kind]
+    command = [*torchrun(1), __file__, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-3000:]
     for line, (curvature, probes) in zip(done.stdout.splitlines(), ESTIMATORS, strict=True):

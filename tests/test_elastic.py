@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import ENVIRONMENT, torchrun
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
-ELASTIC = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3", "--nproc_per_node=2"]
 KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 3))
 LIMIT = 100  # seconds for a run
 
@@ -31,12 +31,13 @@ MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every"
 @contextlib.contextmanager
 def started(*arguments: str, cwd: Path, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
     """The job in a session of its own, of which nothing is left afterwards."""
-    command = [sys.executable, *(ELASTIC if ranks > 1 else []), str(TRAIN), *arguments]
+    python = torchrun(ranks, "--max-restarts=3") if ranks > 1 else [sys.executable]
+    command = [*python, str(TRAIN), *arguments]
     with (cwd / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

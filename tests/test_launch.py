@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from programs import torchrun
 
 from gen_dist import preflight
 
@@ -93,8 +94,7 @@ def assert_trained(output: str, ranks: int, arguments: str = "[]") -> None:
 
 
 def test_preflight_prints_a_line_a_rank(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run(sys.executable, *torchrun, *PREFLIGHT, cwd=tmp_path)
+    done = run(*torchrun(2), *PREFLIGHT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     title, *rows, verdict = done.stdout.splitlines()
     assert title.split()[:4] == ["rank", "host", "python", "torch"]

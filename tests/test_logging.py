@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from problems import perceptron
 
 import gen_dist as gen
 
@@ -24,7 +24,7 @@ RECIPES = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text
 
 def training(**options: Any) -> dict[str, Any]:
     """What a recipe finds around it."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = perceptron(4, 8, 2)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.AutoGen(optimizer, model, F.mse_loss, update_every=2, **options)
     dataloader = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(6)]

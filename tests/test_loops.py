@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from problems import KINDS, criterion, data, new_model, parallel, perceptron, slice_here, whole
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, assert_same, criterion, data, expected, new_model, parallel, record, whole
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from training import assert_same, expected, record
 
 import gen_dist as gen
 
@@ -24,15 +24,13 @@ import gen_dist as gen
 
 def accumulate(kind: str, curvature: str, as_closures: bool) -> reference.Run:
     """Four micro-batches a step on this rank, synchronised at the last one."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    here = slice_here()
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, weight_decay=0.1)
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
     run = reference.Run()
     for x, y in data():
-        share = BATCH // ranks
-        here = slice(share * rank, share * (rank + 1))
         micro = list(zip(x[here].chunk(4), y[here].chunk(4), strict=True))
         optimizer.zero_grad()
         for i, (mx, my) in enumerate(micro):
@@ -65,8 +63,7 @@ def test_micro_batches_give_the_rate_of_the_whole_batch(
 
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+    return perceptron(4, 8, 3).double(), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
 
 
 def assert_reference(scheduler: gen.GenScheduler, loss: Callable[[], Tensor], d: list[Tensor]) -> None:
@@ -94,7 +91,7 @@ def clipped_shards(kind: str) -> tuple[float, ...]:
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
     scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=1e9)
     x, y = data()[0]
-    here = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+    here = slice_here()
     criterion(model(x[here]), y[here]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
     scheduler.step(x[here], y[here])

@@ -13,7 +13,7 @@ import multihost_hosts
 import pytest
 import torch
 from multihost_hosts import CARD, TUN, Hosts
-from test_distributed import assert_same, expected
+from training import assert_same, expected
 
 PROGRAM = str(Path(__file__).parent / "multihost_program.py")
 LAUNCH = Path(__file__).parents[1] / "launch"

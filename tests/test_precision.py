@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from problems import parallel, perceptron
 from rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 from gen_dist.parallel.layout import local
@@ -100,11 +100,7 @@ def autocast_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def scaled_training(kind: str, fused: bool) -> list[tuple[Any, ...]]:
     """The second of four steps overflows, on one rank's slice alone."""
     torch.manual_seed(1)
-    model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    if kind == "ddp":
-        model = DistributedDataParallel(model)
-    if kind == "fsdp2":
-        fully_shard(model)
+    model = parallel(perceptron(4, 8, 3), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, fused=fused)
     scheduler = gen.ExactGen(optimizer, model, F.cross_entropy, lr_max=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

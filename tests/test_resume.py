@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from problems import KINDS, criterion, data, new_model, parallel, whole
 from rank_pool import Pool
-from test_distributed import KINDS, criterion, new_model, parallel, whole
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -23,12 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gen_dist as gen
 
 STEPS = 40
-BATCH = 12  # for 1, 2, 3 and 4 ranks
+DATA = data(STEPS, batch=12, seed=3)  # for 1, 2, 3 and 4 ranks
 SCHEDULERS: dict[str, Callable[..., gen.GenScheduler]] = {
     "exact": lambda *given: gen.ExactGen(*given, update_every=2),
     "approx": gen.ApproxGen,
@@ -39,12 +38,6 @@ OPTIMIZERS = {
     "adamw": lambda groups: gen.make_gen_optimizer(torch.optim.AdamW, groups, lr=1e-3, weight_decay=0.1),
     "sgd": lambda groups: gen.make_gen_optimizer(torch.optim.SGD, groups, lr=1e-3, momentum=0.9),
 }
-
-
-def data() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 11, (STEPS, BATCH, 6), generator=generator)
-    return [(t[:, :-1], t[:, 1:]) for t in tokens]
 
 
 class Training(Stateful):
@@ -61,7 +54,7 @@ class Training(Stateful):
 
     def begin_step(self, step: int) -> None:
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        x, y = (t.chunk(ranks)[rank] for t in data()[step])
+        x, y = (t.chunk(ranks)[rank] for t in DATA[step])
         self.optimizer.zero_grad()
         criterion(self.model(x), y).backward()
         self.scheduler.step(x, y)
@@ -304,15 +297,15 @@ def test_averages_that_had_not_begun_have_not_begun(pool: Callable[[int], Pool],
         fresh.result()
 
 
-def averages_of_fsdp1(folder: str, use_orig_params: bool) -> bool:
+def averages_of_fsdp1(folder: str, kind: str) -> bool:
     """Its shards are plain tensors, of which a checkpoint would take one rank's for those of all."""
     schedulers = []
     for _ in range(2):
-        model = FullyShardedDataParallel(new_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        model = parallel(new_model(), kind)
         optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
         schedulers.append(gen.AutoGen(optimizer, model, criterion, curvature="forward"))
     run, resumed = schedulers
-    for x, y in data()[:3]:
+    for x, y in DATA[:3]:
         run.optimizer.zero_grad()
         criterion(run.model(x), y).backward()
         run.step(x, y)
@@ -324,9 +317,9 @@ def averages_of_fsdp1(folder: str, use_orig_params: bool) -> bool:
     return all(torch.equal(a, b) for a, b in zip(resumed.average.average, run.average.average, strict=True))
 
 
-@pytest.mark.parametrize("use_orig_params", [False, True])
-def test_averages_of_fsdp1(pool: Callable[[int], Pool], tmp_path: Path, use_orig_params: bool) -> None:
-    assert pool(2).run(averages_of_fsdp1, str(tmp_path), use_orig_params) == [True, True]
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 flat"])
+def test_averages_of_fsdp1(pool: Callable[[int], Pool], tmp_path: Path, kind: str) -> None:
+    assert pool(2).run(averages_of_fsdp1, str(tmp_path), kind) == [True, True]
 
 
 # ---------------------------------------------------------------------------- on another number of ranks
