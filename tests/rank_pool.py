@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that stays up between tests: real processes, real collectives, a second to start once."""
+"""A pool of gloo ranks that stays up between tests: real processes, real collectives, started once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 _pools: dict[int, Pool] = {}
 
@@ -26,13 +26,10 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         store = tempfile.mktemp(prefix="gen_dist_ranks_")
-        context = mp.get_context("spawn")
         self.processes, self.connections = [], []
         for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
-            process.start()
-            self.processes.append(process)
+            here, there = processes.CONTEXT.Pipe()
+            self.processes.append(processes.start(_serve, rank, size, store, there))
             self.connections.append(here)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:

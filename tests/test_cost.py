@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import allocations
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from update_cost import problem
 
 import gen_dist as gen
 from gen_dist.line.data import Batch
 from gen_dist.line.line import Line
 from gen_dist.parallel.layout import Layout
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-from memory import allocations
-from update_cost import problem
 
 ESTIMATORS = [("exact", 2), ("gauss-newton", 2), ("forward", 2), ("forward", 1)]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from programs import torchrun
 
 from gen_dist import preflight
 
@@ -55,10 +54,13 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> Path:
+pytestmark = pytest.mark.xdist_group("launch")  # one run serves several tests
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small training program, in a folder of its own."""
-    file = tmp_path / "train.py"
+    file = tmp_path_factory.mktemp("train") / "train.py"
     file.write_text(TRAIN)
     return file
 
@@ -67,6 +69,12 @@ def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def local(train: Path) -> subprocess.CompletedProcess[str]:
+    """What launch/local.sh does on two ranks: preflight, and then the training."""
+    return run("bash", str(LAUNCH / "local.sh"), "train.py", "--name", "a b", cwd=train.parent, NPROC_PER_NODE="2")
 
 
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -93,10 +101,10 @@ def assert_trained(output: str, ranks: int, arguments: str = "[]") -> None:
 # ------------------------------------------------------------------------------------------------------ preflight
 
 
-def test_preflight_prints_a_line_a_rank(tmp_path: Path) -> None:
-    done = run(*torchrun(2), *PREFLIGHT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    title, *rows, verdict = done.stdout.splitlines()
+def test_preflight_prints_a_line_a_rank(local: subprocess.CompletedProcess[str]) -> None:
+    assert local.returncode == 0, local.stderr
+    printed = local.stdout.splitlines()
+    title, *rows, verdict = printed[: next(i for i, line in enumerate(printed) if line.startswith("preflight")) + 1]
     assert title.split()[:4] == ["rank", "host", "python", "torch"]
     assert [row.split()[0] for row in rows] == ["0", "1"]
     for row in rows:
@@ -159,10 +167,9 @@ def test_ranks_hear_of_one_that_does_not_come() -> None:
 # --------------------------------------------------------------------------------------------------- the scripts
 
 
-def test_local_checks_and_trains(train: Path) -> None:
-    done = run("bash", str(LAUNCH / "local.sh"), "train.py", "--name", "a b", cwd=train.parent, NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stderr
-    assert_trained(done.stdout, 2, "['--name', 'a b']")
+def test_local_checks_and_trains(local: subprocess.CompletedProcess[str]) -> None:
+    assert local.returncode == 0, local.stderr
+    assert_trained(local.stdout, 2, "['--name', 'a b']")
 
 
 def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import CNN, GPT
 from problems import parallel, perceptron
 from rank_pool import Pool
 from torch import Tensor, nn
@@ -19,9 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import gen_dist as gen
 from gen_dist.parallel.layout import local
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from models import CNN, GPT
 
 STEPS = 50
 

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.testing import assert_close
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
 import quality
+import torch
 from quality_methods import METHODS, takes_part
 from quality_report import table
 from quality_tasks import TASKS
+from torch.testing import assert_close
 
 TINY = 0.02  # of 500 steps
 

@@ -360,9 +360,8 @@ def test_the_command_prints_and_draws(factories: Path, capsys: pytest.CaptureFix
     assert (found["rate"], found["lr_max"]) == (1e-4, 1e-4)
 
 
-def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     suggest.main(["factory:digits", "--json"])
     assert 1e-3 < json.loads(capsys.readouterr().out)["rate"] < 3e-2
 
