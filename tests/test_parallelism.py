@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,7 @@ def train(kind: str, curvature: str, probes: int) -> list[tuple[float, ...]]:
     return updates
 
 
+@functools.cache
 def expected(curvature: str, probes: int) -> list[tuple[float, ...]]:
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

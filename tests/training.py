@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import reference
@@ -49,6 +50,7 @@ def record(run: reference.Run, scheduler: gen.GenScheduler) -> None:
     run.losses.append(scheduler.last.loss)
 
 
+@functools.cache
 def expected(optimizer_name: str) -> reference.Run:
     """The run of one process, by double backward."""
     model = new_model()
