@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ["pyproject.toml", "README.md", "LICENSE", "gen_dist"]
+NEEDED = ["pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "gen_dist"]
 
 pytestmark = [
     pytest.mark.skipif(
