@@ -1,6 +1,6 @@
 """Fresh processes that start in a tenth of a second, since PyTorch is imported only once for all of them.
 
-They are forked from a server process, which has imported what is slow to import and has done nothing else.
+They fork from a server process that has imported the slow modules and has done nothing else.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def torchrun(ranks: int, *options: str) -> list[str]:
 
 
 def run(script: Path, *arguments: str, cwd: Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    """What `python script arguments...` does in this folder, without the time that its imports take."""
+    """Run `python script arguments...` in this folder, without the time that its imports take."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = processes.start(_run, str(script), arguments, str(cwd), str(out), str(err))
@@ -36,7 +36,7 @@ def run(script: Path, *arguments: str, cwd: Path, timeout: float = 100) -> subpr
 
 
 def _run(script: str, arguments: tuple[str, ...], cwd: str, out: str, err: str) -> None:
-    """As the interpreter does it: the script's folder is the first place to import from."""
+    """Like the interpreter, look for imports in the folder of the script first."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(cwd)

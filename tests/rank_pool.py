@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that stays up between tests: real processes, real collectives, started once."""
+"""A pool of gloo ranks that stays up between tests: real processes and real collectives, started once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _pools: dict[int, Pool] = {}
 
 
 class RankError(AssertionError):
-    """A function failed on a rank; the message holds the traceback from there."""
+    """A function failed on a rank. The message holds the traceback of that rank."""
 
 
 class Pool:
@@ -33,7 +33,7 @@ class Pool:
             self.connections.append(here)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
-        """`function(*args)` on every rank at once; the results in order of rank."""
+        """Run `function(*args)` on every rank at once; returns the results in the order of the ranks."""
         for connection in self.connections:
             connection.send((function, args))
         results, errors = [], []
@@ -59,7 +59,7 @@ class Pool:
 
 
 def pool(size: int) -> Pool:
-    """The pool of this size, started when first asked for."""
+    """The pool of this size, which starts at the first call."""
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]

@@ -1,4 +1,4 @@
-"""The method on one page: one process, float64, double backward. Everything is held to it."""
+"""The method on one page, in one process, with double backward in float64. The tests compare everything with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
 
 
 def direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """`d` of a step with the gradients that are there, from a copy that steps at rate 1."""
+    """`d` of a step with the present gradients, from a copy that takes the step at rate 1."""
     twin_model, twin = copy.deepcopy((model, optimizer))
     for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
@@ -55,7 +55,7 @@ def train(
     lr_min: float = 0.0,
     lr_max: float = 1.0,
 ) -> Run:
-    """Train on one whole batch a step, each at `clamp((g.d) / (d'Hd))`, or at the last rate where that is no rate."""
+    """Train on whole batches, at `clamp((g.d) / (d'Hd))`, or at the last rate if either part is not positive."""
     run = Run()
     rate = optimizer.param_groups[0]["lr"]
     for x, y in batches:

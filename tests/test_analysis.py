@@ -1,4 +1,4 @@
-"""The curves: the loss along the direction and its parabola, in one process and on ranks, changing nothing."""
+"""The curves: the loss along the direction and its parabola, in one process and on ranks. They change nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ FORMS = ["closure", "dict", "batches"]
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_batch(form: str) -> None:
-    """Two micro-batches of four are the batch of eight."""
+    """Two micro-batches of four samples give the curves of the batch of eight."""
     _, x, y = noisy_regression()
     inner = perceptron(5, 7, 3).double()
     model = OfDict(inner)
@@ -237,7 +237,7 @@ def test_curves_of_the_global_loss(pool: Callable[[int], Pool], ranks: int, kind
 
 
 def curves_of_unequal_slices(kind: str) -> tuple[bool, NDArray[Any], list[float]]:
-    """By a plain optimizer that holds no direction, with closures, in a group that is named."""
+    """With a plain optimizer, which holds no direction, with closures, and with an explicit process group."""
     x, y = data()[0]
     here = slice_here("unequal")
     model = parallel(new_model(), kind)

@@ -1,4 +1,4 @@
-"""What an update may cost: memory beside the model, passes over the parameters, looks of the host at the device."""
+"""What an update may cost: memory, passes over the parameters, and reads of results by the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ESTIMATORS = [("exact", 2), ("gauss-newton", 2), ("forward", 2), ("forward", 1)]
 
 
 def prepared(curvature: str, probes: int, width: int = 256, depth: int = 8) -> tuple[Any, Any, Callable[[], None]]:
-    """An optimizer and a scheduler after a first step, the gradients of the second there; and a call of the latter."""
+    """An optimizer and a scheduler before their third step, with gradients, and a function that makes the update."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-3, momentum=0.9)
@@ -61,7 +61,7 @@ def test_memory_is_two_copies_of_the_parameters_in_an_update_and_one_after_it(cu
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "gelu", "gelu tanh", "silu", "mish"])
 def test_jets_need_three_times_the_memory_of_a_forward_pass(name: str) -> None:
-    """They are three tensors in place of one; what rules need in between adds nothing at the peak."""
+    """A jet is three tensors in place of one. Intermediate results of the rules add nothing at the peak."""
     if name in ("mlp", "cnn", "gpt"):
         model, criterion, x, y = problem(name)
     else:
@@ -81,7 +81,7 @@ def test_jets_need_three_times_the_memory_of_a_forward_pass(name: str) -> None:
 
 
 class Passes(TorchDispatchMode):
-    """Notes the operators that read or write a tensor of this many elements; views do neither."""
+    """Records the operators that read or write a tensor of this many elements. Views do neither."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_passes_over_the_parameters_by_jets(curvature: str) -> None:
 
 
 class HostReads(TorchFunctionMode):
-    """Notes where Python waits for numbers of a tensor; those of the random state are the host's own."""
+    """Records where Python waits for the numbers of a tensor. The random state is on the host, so it does not count."""
 
     NAMES = frozenset("__bool__ __float__ __int__ item tolist numpy cpu equal allclose".split())
 
@@ -153,7 +153,7 @@ class HostReads(TorchFunctionMode):
 
 @pytest.mark.parametrize(("curvature", "probes"), ESTIMATORS)
 def test_the_host_reads_two_results_an_update(curvature: str, probes: int) -> None:
-    """Whether gradients are finite, before they enter the optimizer's state, and the reduced numbers."""
+    """One read checks that the gradients are finite, and the other takes the reduced numbers."""
     _, _, update = prepared(curvature, probes)
     with HostReads() as reads:
         update()

@@ -1,4 +1,4 @@
-"""On a GPU: the numbers of the CPU's float64 reference, NCCL, half precision, random state, memory, synchronisation."""
+"""On a GPU: equality with the float64 reference, NCCL, half precision, random state, memory, synchronisation."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_training_equals_the_cpu_reference() -> None:
 
 @pytest.mark.parametrize("kind", ["replica", "ddp", "fsdp2"])
 def test_nccl(kind: str, tmp_path: Path) -> None:
-    """One rank, as there is one GPU here; the program is run for itself, NCCL's state with it."""
+    """On one rank, since one GPU is enough for it, and in a process of its own, which keeps the state of NCCL apart."""
     command = [*torchrun(1), __file__, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -111,7 +111,7 @@ def updates_under_nccl(kind: str) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bfloat16_autocast(estimator: tuple[str, int]) -> None:
-    """The rate of float32 within 20 %, or the update is declined."""
+    """The rate is that of float32 within 20 %, or the update is declined."""
     curvature, probes = estimator
     single = new_model().float().cuda()
     half = copy.deepcopy(single)
@@ -167,7 +167,7 @@ def test_random_state_of_the_gpu_is_put_back(curvature: str) -> None:
 
 
 def synchronisations(work: Callable[[], None]) -> int:
-    """How often the host waited for the GPU in it."""
+    """How often the host waits for the GPU during this work."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -197,7 +197,7 @@ def test_the_host_seldom_waits(curvature: str) -> None:
 
 
 def test_exact_keeps_no_graph() -> None:
-    """Memory of an update does not grow with depth, beyond the direction that is held."""
+    """The memory of an update does not grow with depth, except for the direction."""
 
     def peak(depth: int) -> float:
         torch.manual_seed(0)

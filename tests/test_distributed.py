@@ -1,4 +1,4 @@
-"""On N ranks the rate and the parameters are those of one process on the union batch."""
+"""On N ranks, the rate and the parameters equal those of one process on the union batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_exact_training_equals_one_process(
     runs = pool(ranks).run(train, kind, "exact", optimizer, slices)
     oracle = expected(optimizer)
     assert min(oracle.rates) > 0
-    assert max(oracle.rates) < 1, "the clamp would hide differences"
+    assert max(oracle.rates) < 1, "no rate may reach the clamp, which would hide differences"
     for run in runs:
         assert run.rates == runs[0].rates, "rates must be bitwise equal on all ranks"
         assert_same(run, oracle, 1e-10)
@@ -37,7 +37,7 @@ def test_exact_training_equals_one_process(
 
 
 def first_update(kind: str, curvature: str, probes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The first update on ranks, and the same numbers from the reference on the union batch."""
+    """The numbers of the first update on ranks, and the same numbers from the reference on the union batch."""
     x, y = data()[0]
     here = slice_here()
     model = parallel(new_model(), kind)
@@ -68,7 +68,7 @@ def test_the_other_estimators_equal_one_process(
 
 
 def collectives(kind: str, curvature: str, probes: int) -> list[list[tuple[str, int]]]:
-    """The collectives of three calls of `scheduler.step`, the second of which is no update."""
+    """The collectives of three calls of `scheduler.step`. The second call is no update."""
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes, update_every=2)
@@ -101,7 +101,7 @@ def test_replicas_and_ddp_communicate_one_small_reduction_an_update(
 
 
 def units_gathered(ranks: int) -> list[tuple[str, int]]:
-    """One gather for each unit of FSDP2, in the order in which they run: the root's parameters, and each block's."""
+    """One gather for each unit of FSDP2, in the order in which the units run: the root, and then each block."""
     model = new_model()
     blocks = [[*block.parameters()] for block in model.blocks]
     of_blocks = {id(p) for block in blocks for p in block}
@@ -129,7 +129,7 @@ def test_fsdp2_jets_gather_each_block_and_its_direction_once(
 
 
 def gathers_around_blocks(curvature: str) -> list[list[str]]:
-    """Of two updates, the gathers and the blocks that begin to run, in the order in which they do."""
+    """The gathers of two updates and the starts of blocks, in the order in which they happen."""
     model = parallel(new_model(), "fsdp2")
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
@@ -273,7 +273,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(pool: Callable[[int
 
 
 def empty_slice(pass_it: bool) -> tuple[float, ...]:
-    """Rank 1 has no samples: the mean over none is NaN, and its weight 0."""
+    """Rank 1 has no samples: its mean loss is NaN, and its weight is 0."""
     model = new_model()
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.ExactGen(optimizer, model, criterion)
@@ -302,7 +302,7 @@ def test_a_rank_without_samples(pool: Callable[[int], Pool], pass_it: bool) -> N
 
 
 def half_of_the_model(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """An optimizer over some parameters, the rest frozen."""
+    """An optimizer over some parameters, with the others frozen."""
     inner, plain = new_model(), new_model()
     for model in (inner, plain):
         model.embedding.weight.requires_grad_(False)
@@ -329,7 +329,7 @@ def test_an_optimizer_over_part_of_the_model(pool: Callable[[int], Pool], kind: 
 
 
 def in_a_subgroup() -> list[float]:
-    """Two pairs of ranks train apart, each in its own group, on its own data."""
+    """Two pairs of ranks train independently, each pair in its own group and on its own data."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = dist.get_rank() // 2
     model = new_model()

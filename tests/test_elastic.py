@@ -1,4 +1,4 @@
-"""The main job stopped, killed, its checkpoints damaged: it ends as the job that nothing happened to."""
+"""A job that is stopped or killed, or whose checkpoints are damaged, ends like a job without faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every"
 
 @contextlib.contextmanager
 def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """The job on two ranks, in a session of its own; no process of it is left afterwards."""
+    """Start the job on two ranks, in a session of its own; at the end of the block, kill all its processes."""
     command = [*programs.torchrun(2, "--max-restarts=3"), str(TRAIN), *arguments]
     with (cwd / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
@@ -55,7 +55,7 @@ def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """What the job prints, in one process."""
+    """Run the job in one process; returns what it prints."""
     done = programs.run(TRAIN, *arguments, cwd=cwd, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,7 +73,7 @@ def workers_of(launcher: int) -> dict[int, int]:
 
 
 def trace(folder: Path) -> list[tuple[Any, ...]]:
-    """All of a run but the time it took, and the lines drawn on the way: at which steps, its length says."""
+    """The records of a run, without times and without drawn lines, whose steps depend on the length of the run."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [tuple(v for key, v in r.items() if "seconds" not in key and key != "line") for r in records]
 
@@ -119,7 +119,7 @@ def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    """The folder of a run of one epoch, with checkpoints, and the trace of one of two epochs."""
+    """The folder of a run of one epoch, with checkpoints, and the trace of a run of two epochs."""
     folder = tmp_path_factory.mktemp("halves")
     run(*MLP, "--epochs", "2", "--output", "whole", cwd=folder)
     run(*MLP, "--epochs", "1", "--output", "out", "--checkpoint", "saved", cwd=folder)
@@ -130,7 +130,7 @@ GO_ON = [*MLP, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: Halves) -> None:
-    """As a process that is started in the usual way."""
+    """The second process starts in the usual way, like the command of a user."""
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     command = [sys.executable, str(TRAIN), *GO_ON]
     done = subprocess.run(

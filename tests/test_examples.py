@@ -1,4 +1,4 @@
-"""The examples, as a user starts them, in one process and under torchrun; and the commands and code of their pages."""
+"""The examples, in one process and under torchrun, and the commands and the code on their pages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DIGITS = ["--model", "mlp", "--epochs", "3", "--batch-size", "256"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The records of one process."""
+    """The records of a run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     one = run(*DIGITS, "--no-plot", "--output", "one", cwd=folder)
     assert one.returncode == 0, one.stderr
@@ -116,7 +116,7 @@ def test_check_says_what_would_be_trained(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with little data in the files that `--data-dir` is to hold."""
+    """A folder for `--data-dir`, with small files in the format of the real data."""
     folder = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     for part, examples in (("train", 300), ("t10k", 20)):
@@ -186,7 +186,7 @@ def test_the_regression_is_the_same_on_two_ranks(pool: Callable[[int], Pool], tm
 
 
 def commands() -> list[list[str]]:
-    """The command lines of the index page that start train.py."""
+    """The commands on the index page that start train.py."""
     lines = (EXAMPLES / "README.md").read_text().splitlines()
     return [shlex.split(line) for line in lines if re.match(r"(python|torchrun .*) examples/train.py", line)]
 

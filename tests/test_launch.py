@@ -1,4 +1,4 @@
-"""What launch/ starts runs: preflight, the scripts, a real Slurm, and the manifest for Kubernetes."""
+"""The files in launch/ work: preflight, the scripts, a real Slurm, and the manifest for Kubernetes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def local(train: Path) -> subprocess.CompletedProcess[str]:
-    """What launch/local.sh does on two ranks: preflight, and then the training."""
+    """The output of launch/local.sh on two ranks: preflight, and then the training."""
     return run("bash", str(LAUNCH / "local.sh"), "train.py", "--name", "a b", cwd=train.parent, NPROC_PER_NODE="2")
 
 
@@ -95,7 +95,7 @@ def assert_trained(output: str, ranks: int, arguments: str = "[]") -> None:
     assert sorted((said, int(rank), int(size)) for said, rank, size, _ in found) == [
         (arguments, rank, ranks) for rank in range(ranks)
     ], output
-    assert len({rate for *_, rate in found}) == 1, "one rate on all ranks"
+    assert len({rate for *_, rate in found}) == 1, "all ranks must have the same rate"
 
 
 # ------------------------------------------------------------------------------------------------------ preflight
@@ -114,7 +114,7 @@ def test_preflight_prints_a_line_a_rank(local: subprocess.CompletedProcess[str])
 
 
 def test_preflight_tells_of_a_rank_with_other_settings() -> None:
-    """Without torchrun, which would end the second rank when the first one fails."""
+    """Without torchrun, which would end the second rank as soon as the first one fails."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
         start(sys.executable, *PREFLIGHT, **common, RANK=str(rank), OMP_NUM_THREADS=str(rank + 1)) for rank in range(2)
@@ -173,7 +173,7 @@ def test_local_checks_and_trains(local: subprocess.CompletedProcess[str]) -> Non
 
 
 def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
-    """Two machines on which another command was typed."""
+    """Two nodes on which different commands were typed."""
     common = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     nodes = []
     for node in range(2):
@@ -186,7 +186,7 @@ def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
 
 
 def test_multinode_takes_its_numbers_from_kubeflow(train: Path) -> None:
-    """Two machines, both this one, with the variables of a Kubeflow TrainJob."""
+    """Two nodes on one machine, with the variables of a Kubeflow TrainJob."""
     common = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
     common |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(free_port())}
     nodes = [
@@ -256,7 +256,7 @@ def why_no_slurm() -> str:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Slurm cluster of two nodes, both this machine, with a key, ports and folders of its own; how to reach it."""
+    """The environment of a Slurm cluster of two nodes on one machine, with a key, ports and folders of its own."""
     folder = tmp_path / "slurm"
     (folder / "state").mkdir(parents=True)
     key = folder / "munge.key"
@@ -349,7 +349,7 @@ def manifest() -> dict[str, Any]:
 
 
 def fit(value: Any, fields: Any, where: str) -> list[str]:
-    """Where a value is none of the published fields, or of another type."""
+    """Where a value is not in a published field, or has another type than that field."""
     if isinstance(fields, type):
         return [] if type(value) is fields else [f"{where} is {value!r}, should be of type {fields.__name__}"]
     if isinstance(fields, list):
@@ -372,7 +372,7 @@ def test_the_manifest_is_a_trainjob_to_kubeflows_own_models(manifest: dict[str, 
     models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
     job = models.TrainerV1alpha1TrainJob.from_dict(manifest)
     assert job.spec.trainer.num_nodes == manifest["spec"]["trainer"]["numNodes"]
-    assert job.to_dict()["spec"] == manifest["spec"], "nothing that the model does not know"
+    assert job.to_dict()["spec"] == manifest["spec"], "the model must know every field"
 
 
 def test_the_manifest_starts_what_is_there(manifest: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What users see of a run: numbers for any logger, the recipes as they are documented, and nothing printed."""
+"""What users see of a run: numbers for any logger, recipes that work as documented, and no printed output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPES = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text
 
 
 def training(**options: Any) -> dict[str, Any]:
-    """What a recipe finds around it."""
+    """The names that a recipe uses."""
     model = perceptron(4, 8, 2)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.AutoGen(optimizer, model, F.mse_loss, update_every=2, **options)
@@ -84,7 +84,7 @@ def test_a_file_and_its_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["Weights & Biases", "MLflow"])
 def test_other_recipes_are_the_same_loop(recipe: str) -> None:
-    """Around the loop of the one that is run above stand the calls of another package, which need a service."""
+    """Their packages need a service, so only their loop is compared with that of the recipe that runs above."""
     here, run_above = (ast.parse(RECIPES[name]).body[-1] for name in (recipe, "TensorBoard"))
     assert isinstance(here, ast.With)
     assert isinstance(run_above, ast.With)

@@ -1,4 +1,4 @@
-"""The loops people train in: accumulation, clipping, several losses, warm-up, checkpointing, compilation, ..."""
+"""Training loops in use: accumulation, clipping, several losses, warm-up, checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import gen_dist as gen
 
 
 def accumulate(kind: str, curvature: str, as_closures: bool) -> reference.Run:
-    """Four micro-batches a step on this rank, synchronised at the last one."""
+    """Train with four micro-batches for each step on this rank, synchronised at the last one."""
     here = slice_here()
     inner = new_model()
     model = parallel(inner, kind)
@@ -74,7 +74,7 @@ def assert_reference(scheduler: gen.GenScheduler, loss: Callable[[], Tensor], d:
 
 
 def test_clipped_gradients() -> None:
-    """The direction is that of the clipped gradient, and slope and curvature are the loss's along it."""
+    """The direction is that of the clipped gradient, and slope and curvature are those of the loss along it."""
     model, x, y = problem()
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
     scheduler = gen.ExactGen(optimizer, model, F.cross_entropy, lr_max=1e9)
@@ -190,7 +190,7 @@ def test_activation_checkpointing(curvature: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("in_place", [True, False], ids=["model.compile()", "torch.compile(model)"])
 @pytest.mark.parametrize("curvature", ["exact", "gauss-newton", "forward"])
 def test_compiled_models(curvature: str, in_place: bool) -> None:
-    """The same numbers as uncompiled, and nothing is compiled anew for a probe."""
+    """A compiled model gives the numbers of the plain one, and no probe compiles it again."""
     torch.compiler.reset()
     graphs: list[int] = []
 
@@ -222,4 +222,4 @@ def test_compiled_models(curvature: str, in_place: bool) -> None:
             seen += scheduler.last[:4]
         lasts.append(seen)
     assert lasts[0] == pytest.approx(lasts[1], rel=1e-12)
-    assert len(graphs) <= 2, "one with gradients and one without"
+    assert len(graphs) <= 2, "at most two graphs: one with gradients and one without"

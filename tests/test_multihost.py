@@ -1,4 +1,4 @@
-"""Several machines, as network namespaces: real torchrun, real addresses, a cable that can be pulled."""
+"""Several hosts, made of network namespaces, with the real torchrun, addresses, and cables that can be pulled."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.skipif(bool(multihost_hosts.why_not()), reason=multihos
 
 
 def torchrun(hosts: Hosts, port: int) -> list[str]:
-    """The same on every host; `host0` knows itself by its name."""
+    """The command, which is the same on every host; `host0` recognises itself by its name."""
     return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts.size}", "--nproc_per_node=1",
             "--rdzv_backend=c10d", f"--rdzv_endpoint=host0:{port}", "--rdzv_conf=read_timeout=20"]  # fmt: skip
 
 
 def wait(processes: list[subprocess.Popen[str]], seconds: float, outputs: Iterable[Path]) -> list[int]:
-    """The exit codes; fails, with what was said, if one takes longer."""
+    """Wait for all processes; returns their exit codes, or fails with their output if one takes longer."""
     deadline = time.monotonic() + seconds
     try:
         return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in processes]
@@ -43,7 +43,7 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float, outputs: Iterab
 
 
 def train_on(hosts: Hosts, ranks: int, command: list[str], folder: Path, **variables: str) -> str:
-    """What host0 said; the rates and the parameters are those of one process on the union batch."""
+    """Train on all hosts and compare with one process on the union batch; returns the output of host0."""
     outputs = [folder / f"host{host}" for host in range(hosts.size)]
     command = [*command, PROGRAM, "train", str(folder)]
     running = [hosts.start(host, command, ENVIRONMENT | variables, outputs[host]) for host in range(hosts.size)]
@@ -70,7 +70,7 @@ def test_two_hosts_of_two_ranks_are_checked_and_train_as_one_process_does(tmp_pa
 
 @pytest.mark.timeout(110)
 def test_a_cable_pulled_ends_all_processes(tmp_path: Path) -> None:
-    """DDP and FSDP2 at once, each a run of its own: an error on both hosts, soon, and nobody is left."""
+    """Runs of DDP and of FSDP2 at the same time end soon with an error on both hosts, and leave no process."""
     with Hosts(2) as hosts:
         outputs, running = {}, []
         for port, kind in ((29400, "ddp"), (29401, "fsdp2")):

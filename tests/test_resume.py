@@ -1,4 +1,4 @@
-"""A run that is cut and resumed is the run that was not: bitwise on as many ranks, to rounding on any other number."""
+"""A run that is cut and resumed equals the uncut run: bitwise on as many ranks, within rounding on other numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIMIZERS = {
 
 
 class Training(Stateful):
-    """A model, its optimizer in two groups, and its scheduler; as the state of an application, as PyTorch shows it."""
+    """A model, its optimizer with two groups, and its scheduler, as one `Stateful` object, as PyTorch shows it."""
 
     def __init__(self, kind: str, name: str, optimizer: str = "adamw") -> None:
         self.inner = new_model()
@@ -99,14 +99,14 @@ class Training(Stateful):
 
 
 class Result(NamedTuple):
-    """Rates step by step, final weights, final averages."""
+    """The rates step by step, the final weights and the final averages."""
 
     rates: list[float]
     weights: list[Tensor]
     averages: list[Tensor]
 
     def is_end_of(self, run: Result) -> bool:
-        """Bitwise."""
+        """Whether both are equal, bit for bit."""
         mine, others = [*self.weights, *self.averages], [*run.weights, *run.averages]
         same = all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
         return same and self.rates == run.rates[len(run.rates) - len(self.rates) :]
@@ -123,7 +123,7 @@ def _quiet() -> Iterable[None]:
 
 
 def cut_and_resumed(kind: str, name: str, optimizer: str, cuts: list[int]) -> list[str]:
-    """What differs from the uncut run, of runs resumed at each cut and within the step after it."""
+    """Which runs, resumed at a cut or within the step after it, differ from the uncut run."""
     uncut = Training(kind, name, optimizer)
     after, within = {0: uncut.to_bytes()}, {}
     for step in range(CUT_STEPS):
@@ -164,7 +164,7 @@ def test_cut_with_momentum(pool: Callable[[int], Pool], kind: str) -> None:
 
 
 def test_a_skipped_step_stays_skipped() -> None:
-    """A gradient that is not finite moves nothing, also where the checkpoint is in between."""
+    """A gradient that is not finite moves nothing, even if the run is resumed before `optimizer.step()`."""
     run, resumed = Training("alone", "exact"), Training("alone", "exact")
     run.train(range(3))
     run.optimizer.skip_step()
@@ -196,7 +196,7 @@ def test_a_direction_left_out_of_the_checkpoint_is_missed(caplog: pytest.LogCapt
 
 
 def saved_while_training(kind: str, name: str, how: str, folder: str) -> list[bool]:
-    """Whether a run that is saved on its way, and one that resumes from there, are the run that is not saved."""
+    """Whether a run that saves a checkpoint, and a run that resumes from it, equal a run without checkpoints."""
     plain, saved, resumed = Training(kind, name), Training(kind, name), Training(kind, name)
     plain.train(range(24))
     saved.train(range(13))
@@ -224,7 +224,7 @@ def test_checkpoints_of_an_application(
 
 
 def part_by_part(folder: str) -> bool:
-    """The scheduler is `Stateful` by itself, beside the model's and the optimizer's dictionaries."""
+    """The scheduler is `Stateful` by itself, next to the dictionaries of the model and of the optimizer."""
     run, resumed = Training("fsdp2", "auto"), Training("fsdp2", "auto")
 
     def parts(training: Training) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def test_averages_that_had_not_begun_have_not_begun(pool: Callable[[int], Pool],
 
 
 def averages_of_fsdp1(folder: str, kind: str) -> bool:
-    """Its shards are plain tensors, of which a checkpoint would take one rank's for those of all."""
+    """The shards of FSDP1 are plain tensors. A checkpoint must not take those of one rank for those of all ranks."""
     schedulers = []
     for _ in range(2):
         model = parallel(new_model(), kind)
@@ -333,7 +333,7 @@ TOLERANCE = {"exact": 1e-10, "approx": 1e-8, "auto": 1e-10, "groups": 1e-10}
 
 
 def leg(kind: str, name: str, folder: str, number: int) -> Result:
-    """One part of a run, from the checkpoint of the part before."""
+    """Train one part of a run, from the checkpoint of the part before."""
     run = Training(kind, name)
     if number:
         dcp.load({"app": run}, checkpoint_id=f"{folder}/{number - 1}")
@@ -344,7 +344,7 @@ def leg(kind: str, name: str, folder: str, number: int) -> Result:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_one_run_on_ever_other_ranks(pool: Callable[[int], Pool], tmp_path: Path, name: str) -> None:
-    """Four shards, two, three, two in DDP, three replicas, one process: what a process alone would have done."""
+    """Four shards, two, three, two ranks in DDP, three replicas, one process: the result is that of one process."""
     uncut = Training("alone", name)
     uncut.train(range(ENDS[name][-1]))
     expected = uncut.result()
@@ -353,7 +353,7 @@ def test_one_run_on_ever_other_ranks(pool: Callable[[int], Pool], tmp_path: Path
         results = pool(ranks).run(leg, *here) if kind != "alone" else [leg(*here)]
         first, last = ENDS[name][number : number + 2]
         for result in results:
-            assert result.rates == results[0].rates, "bitwise equal on all ranks"
+            assert result.rates == results[0].rates, "rates must be bitwise equal on all ranks"
             assert result.rates == pytest.approx(expected.rates[first:last], rel=TOLERANCE[name])
     for seen, there in zip(result.weights + result.averages, expected.weights + expected.averages, strict=True):
         torch.testing.assert_close(seen, there, rtol=TOLERANCE[name], atol=TOLERANCE[name])

@@ -1,4 +1,4 @@
-"""The scheduler in one process: the closed form, the fallbacks, laziness, and errors that say what to type."""
+"""The scheduler in one process: closed forms, fallbacks, steps between updates, and errors that say what to type."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def linear_problem(**arguments: Any) -> tuple[gen.GenScheduler, Tensor, Tensor]:
 @pytest.mark.parametrize("arguments", CURVATURES, ids=lambda a: "-".join(map(str, a.values())))
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.LeakyReLU])
 def test_closed_form_of_one_layer(arguments: dict[str, Any], activation: type[nn.Module]) -> None:
-    """One layer, piecewise linear activation, loss 1/(2M) sum |e|^2, SGD, M = 1: the rate is 1 / (1 + |x|^2)."""
+    """One layer, a piecewise linear activation, the loss 1/(2M) sum |e|^2, SGD, M = 1: the rate is 1 / (1 + |x|^2)."""
     model = nn.Sequential(nn.Linear(5, 1), activation())
     nn.init.constant_(model[0].bias, 3.0)  # inside the first linear piece
     x, y = 0.3 * torch.randn(1, 5), torch.zeros(1, 1)
@@ -56,7 +56,7 @@ def test_closed_form_of_one_layer(arguments: dict[str, Any], activation: type[nn
     rate = 1 / (1 + x.square().sum().item())
     assert scheduler.get_last_lr() == [pytest.approx(rate, rel=1e-6)]
     optimizer.step()
-    assert half_mean_square(model(x), y).item() == pytest.approx(0, abs=1e-9), "a quadratic is solved in one step"
+    assert half_mean_square(model(x), y).item() == pytest.approx(0, abs=1e-9), "one step must solve a quadratic"
 
 
 @pytest.mark.usefixtures("float64")
@@ -288,7 +288,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(arguments: dict[str, Any]
         assert all(torch.equal(old[k], new[k]) for k in old)
     backward(scheduler, x, y)
     scheduler.step(x, y)
-    assert scheduler.last.accepted, "training goes on"
+    assert scheduler.last.accepted, "training must continue"
 
 
 def test_a_probe_that_overflows_keeps_the_rate_and_takes_the_step() -> None:
@@ -326,7 +326,7 @@ def test_between_updates_nothing_happens() -> None:
         backward(scheduler, x, y)
         measured.append(forward_passes(scheduler.model, lambda: scheduler.step(x, y)))
         held = scheduler.optimizer.direction is not None
-        assert held == bool(measured[-1]), "between updates the optimizer takes its own step"
+        assert held == bool(measured[-1]), "a direction must be held only after an update"
         scheduler.optimizer.step()
     assert measured == [1, 0, 0, 1, 0, 0, 1]
     assert scheduler.last_epoch == 7

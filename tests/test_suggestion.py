@@ -1,4 +1,4 @@
-"""What rate? One call before training: the parabola against the true line, on any ranks, changing nothing."""
+"""`suggest_lr`, one call before training: its numbers are those of the true line, on ranks too. It changes nothing."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_every_form_of_a_batch(form: str) -> None:
 
 
 def along(function: Callable[[Tensor], Tensor], **options: Any) -> Suggestion:
-    """Of a loss of one weight, which is 1, by plain gradients."""
+    """The suggestion for a loss of one weight, which is 1, and plain gradient descent."""
     weight = nn.Parameter(torch.tensor([1.0]))
     model = nn.Module()
     model.weight = weight

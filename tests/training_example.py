@@ -18,7 +18,7 @@ TRAIN = EXAMPLES / "train.py"
 
 
 def trained(arguments: list[str]) -> tuple[list[dict[str, Any]], str]:
-    """The records of a run and what it prints; in this process, or in a rank of the pool, which is connected."""
+    """The records of a run and its output, in this process or in a rank of the pool."""
     sys.argv = [str(TRAIN), *arguments]
     ranks = Ranks.from_environment()
     parsed, dataset = parse(ranks)
