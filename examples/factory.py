@@ -1,4 +1,4 @@
-"""What `gen_dist.suggest` is to look at: a small convolutional network on digits. In this folder:
+"""A small convolutional network on digits, as input for `gen_dist.suggest`. In this folder, type:
 
 python -m gen_dist.suggest factory:digits --plot rate.png
 torchrun --standalone --nproc_per_node=2 -m gen_dist.suggest factory:digits
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def digits() -> dict[str, Any]:
-    """The arguments of `gen_dist.suggest_lr`: this rank's slices, one to make the gradient and four to look at."""
+    """The arguments of `gen_dist.suggest_lr`: one slice of this rank for the gradient, and four held-out slices."""
     torch.manual_seed(0)
     dataset, model = load_digits(), CNN(channels=1, classes=10)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

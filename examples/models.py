@@ -64,7 +64,7 @@ class GPT(nn.Module):
         self.position = nn.Embedding(context, width)
         self.blocks = nn.ModuleList([TransformerBlock(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
-        # The token embedding is the output layer too: with its usual unit variance, logits would be huge.
+        # The token embedding is also the output layer: with the usual unit variance, logits would be huge.
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
 
@@ -76,7 +76,7 @@ class GPT(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Causal self-attention and a feed-forward network, each behind a layer norm and beside a residual."""
+    """Causal self-attention and a feed-forward network, each after a layer norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ranks that torchrun started, or the single process it did not: who they are, and what they add up."""
+"""The ranks that torchrun started, or a single process, and reductions over them."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`, of which `local_size` share its machine."""
+    """This process, one of `size` processes; `local_size` of them are on its machine."""
 
     rank: int
     size: int
@@ -23,7 +23,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Reads the variables that torchrun sets; nothing is started yet."""
+        """Reads the variables that torchrun sets, and starts nothing."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         return cls(
             rank=int(os.environ.get("RANK", 0)),
@@ -35,14 +35,14 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """A CUDA device of its own where the machine has one for each rank, else the CPU."""
+        """A CUDA device of its own if the machine has one for each rank, else the CPU."""
         if torch.cuda.device_count() >= self.local_size:
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """The process group, if torchrun started this process, for the time of the block."""
+        """Within the block there is a process group, if torchrun started this process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if not self.launched:
@@ -59,8 +59,8 @@ class Ranks:
             dist.destroy_process_group()
 
     def _store(self) -> dist.Store:
-        """Where the ranks find each other. torchrun keeps one store over its restarts, with the addresses of ranks
-        that are gone (pytorch issue 135712): after a restart, look elsewhere in it.
+        """The store in which ranks find each other. torchrun keeps one store over its restarts, with the addresses of
+        ranks that are gone (pytorch issue 135712), so each restart uses its own part of the store.
 
         Only torchrun on one machine counts its restarts alike for all ranks; on several set
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
@@ -70,7 +70,7 @@ class Ranks:
         return dist.PrefixStore(f"restart {restart}", store)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the ranks, on each of them; in place."""
+        """Sums `values` over the ranks, in place and on each rank."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -80,7 +80,7 @@ class Ranks:
         return self.total(value.detach().double().clone()).item() / self.size
 
     def average_running_statistics(self, model: nn.Module) -> None:
-        """Makes every rank evaluate the same model: each has kept statistics of its own slices only."""
+        """Averages the statistics of batch norms, which each rank has kept for its own slices only."""
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 self.total(buffer.div_(self.size))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a progress bar, metrics.jsonl, a figure and a closing line."""
+"""What a run writes: a progress bar, metrics.jsonl, a figure and a closing line."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class Recorder:
     """Follows a run step by step. All ranks call it, and rank 0 writes."""
 
     def __init__(self, scheduler: gen.GenScheduler, output: Path, steps: int, ranks: Ranks, done: int = 0) -> None:
-        """Of `steps` steps, `done` were taken before, and their records are kept."""
+        """`done` of the `steps` steps were taken before; their records are kept."""
         self.scheduler = scheduler
         self.output = output
         self.ranks = ranks
@@ -66,7 +66,7 @@ class Recorder:
         x: Tensor,
         y: Tensor,
     ) -> None:
-        """At three steps of a run, looks along the direction that the optimizer holds."""
+        """At three steps of a run, records the loss along the direction that the optimizer holds."""
         last = self.scheduler.last
         due = self._lines_due and self.step >= self._lines_due[0]
         if not due or last is None or last is self._seen or last.reason not in ("accepted", "clamped"):
@@ -86,7 +86,7 @@ class Recorder:
         )
 
     def write(self, loss: Tensor) -> None:
-        """Ends a step: one object in metrics.jsonl, and the bar moves on."""
+        """Ends a step: writes one object to metrics.jsonl and moves the bar."""
         record = self._record(self.ranks.mean(loss))
         self.records.append(record)
         self.step += 1
@@ -116,12 +116,12 @@ class Recorder:
         }
 
     def sync(self) -> None:
-        """Waits until the records are on the disk, as those of a checkpoint's steps have to be."""
+        """Waits until the records are on the disk, which a checkpoint of these steps requires."""
         if self.ranks.rank == 0:
             os.fsync(self._file.fileno())
 
     def announce(self, result: str) -> None:
-        """Shows the latest evaluation beside the bar."""
+        """Shows the latest evaluation next to the bar."""
         self._bar.set_description(result)
 
     def draw(self) -> Path:
@@ -133,7 +133,7 @@ class Recorder:
 
 
 def keep_records(file: TextIO, done: int) -> list[dict[str, Any]]:
-    """The records of the first `done` steps; what follows them, steps that will be taken again, is cut off."""
+    """The records of the first `done` steps. Later records are removed, since those steps will be taken again."""
     file.seek(0)
     records: list[dict[str, Any]] = []
     end = 0
@@ -163,7 +163,7 @@ def closing_line(records: list[dict[str, Any]], steps_per_epoch: int, result: st
 
 
 def finite(value: Any) -> Any:
-    """JSON has no word for infinity or not-a-number."""
+    """Replaces infinity and NaN, for which JSON has no word."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

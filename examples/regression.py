@@ -28,7 +28,7 @@ criterion = nn.MSELoss()
 
 
 class Curves(NamedTuple):
-    """Along the direction of one batch: the true loss and its parabola at 0, each on a grid of learning rates."""
+    """The true loss along the direction of one batch and its parabola at 0, each on a grid of learning rates."""
 
     rates: list[float]
     losses: list[float]
@@ -37,7 +37,7 @@ class Curves(NamedTuple):
 
 
 class History(NamedTuple):
-    """An epoch each: the mean loss, and the learning rate at its end."""
+    """For each epoch, its mean loss and the learning rate at its end."""
 
     losses: list[float]
     rates: list[float]
@@ -58,7 +58,7 @@ def main() -> None:
 def run(epochs: int, output: Path, ranks: Ranks) -> History:
     torch.manual_seed(0)
     x, y = (part.to(ranks.device) for part in new_data())
-    # From one seed, every rank has the same weights; the scheduler averages the gradients, and needs no wrapper.
+    # All ranks have the same weights, from one seed, and the scheduler averages gradients: no wrapper is needed.
     model = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
     model.double().to(ranks.device)
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters())
@@ -88,14 +88,14 @@ def run(epochs: int, output: Path, ranks: Ranks) -> History:
 
 
 def new_data() -> tuple[Tensor, Tensor]:
-    """`x` `(samples, inputs)`, and `y` `(samples, 1)`, an affine function of it with noise."""
+    """`x` `(samples, inputs)` and `y` `(samples, 1)`, an affine function of `x` with noise."""
     x = torch.randn(SAMPLES, INPUTS, dtype=torch.float64)
     y = x @ torch.randn(INPUTS, 1, dtype=torch.float64) + torch.randn(1, dtype=torch.float64)
     return x, y + NOISE * torch.randn_like(y)
 
 
 def batches(x: Tensor, y: Tensor, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch of batches in random order, the same on every rank, of each this rank's slice."""
+    """This rank's slices of the batches of an epoch, in a random order that is the same on every rank."""
     for batch in torch.randperm(len(x))[: len(x) // BATCH * BATCH].split(BATCH):
         indices = batch.tensor_split(ranks.size)[ranks.rank].to(x.device)
         yield x[indices], y[indices]

@@ -36,7 +36,7 @@ class SentenceEncoder(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """The pretrained encoder and a linear layer on it, which is new: tokens `(batch, time)` -> `(batch, classes)`."""
+    """The pretrained encoder and a new linear layer: tokens `(batch, time)` -> logits `(batch, classes)`."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class SentenceClassifier(nn.Module):
 
 
 def pretrained() -> SentenceEncoder:
-    """all-MiniLM-L6-v2. Raises `MissingDataError` where its package is not installed."""
+    """all-MiniLM-L6-v2. Raises `MissingDataError` if its package is not installed."""
     folder = minilm_folder()
     from safetensors.torch import load_file
 
@@ -62,7 +62,7 @@ def pretrained() -> SentenceEncoder:
 
 
 def renamed(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's weights by the names that torch's own layers give them."""
+    """The weights of BERT under the names of PyTorch's own layers."""
     types = bert["embeddings.token_type_embeddings.weight"]  # all tokens are of the first, which may as well be theirs
     found = {
         "token.weight": bert["embeddings.word_embeddings.weight"] + types[0],

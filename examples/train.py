@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gen_dist as gen
 
 Model = MLP | CNN | GPT | SentenceClassifier
-EVALUATION_BATCH = 512  # examples a rank
-STATISTICS = 4  # such batches, at most, that statistics of batch norms are made from
+EVALUATION_BATCH = 512  # examples on each rank
+STATISTICS = 4  # the largest number of such batches to compute batch norm statistics from
 
 
 class Evaluation(NamedTuple):
@@ -51,7 +51,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
     model = parallelize(build(arguments.model, dataset).to(ranks.device), arguments.parallel, ranks)
     recipe = RECIPES[arguments.optimizer]
 
-    # GeN, 1 of 2: an optimizer that shows its direction, and a scheduler that measures the loss along it
+    # GeN, 1 of 2: an optimizer that gives its direction, and a scheduler that measures the loss along it
     optimizer = gen.make_gen_optimizer(recipe.optimizer, model.parameters(), lr=arguments.lr, **recipe.options)
     scheduler = SCHEDULERS[arguments.rule](
         optimizer,
@@ -103,7 +103,7 @@ def train(arguments: Namespace, dataset: Dataset, ranks: Ranks) -> None:
 
 
 def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross entropy over labels of any shape; the last dim of `logits` is the classes."""
+    """The mean cross entropy over labels of any shape; the last dimension of `logits` is the classes."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
@@ -121,7 +121,7 @@ def build(name: str, dataset: Dataset) -> Model:
 
 
 def parallelize(model: Model, parallel: str, ranks: Ranks) -> nn.Module:
-    """Replicas need no wrapper: the weights come from one seed, and the scheduler averages the gradients."""
+    """Wrap the model. Replicas need no wrapper: one seed gives equal weights, and the scheduler averages gradients."""
     match parallel:
         case "ddp":
             return DistributedDataParallel(model)
@@ -133,7 +133,7 @@ def parallelize(model: Model, parallel: str, ranks: Ranks) -> nn.Module:
 
 
 def readout(scheduler: gen.GenScheduler, dataset: Dataset, ranks: Ranks) -> AbstractContextManager[None]:
-    """The weights to evaluate and keep: the averaged ones, with statistics of batch norms of their own."""
+    """Within the block the model holds its averaged weights, if any, with batch norm statistics made for them."""
     if scheduler.average is None:
         return nullcontext()
     here = dataset.train_x[ranks.rank :: ranks.size]
@@ -142,7 +142,7 @@ def readout(scheduler: gen.GenScheduler, dataset: Dataset, ranks: Ranks) -> Abst
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, ranks: Ranks) -> Evaluation:
-    """The loss and the accuracy on all test examples, each rank seeing its share of them."""
+    """The loss and the accuracy on all test examples; each rank evaluates its share."""
     ranks.average_running_statistics(model)
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)

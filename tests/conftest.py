@@ -1,4 +1,4 @@
-"""Common to all tests: one thread, one seed, pools of ranks that are closed at the end."""
+"""What all tests share: one thread, one seed, and pools of ranks that are closed at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Every new tensor in float64."""
+    """Makes every new tensor in float64."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -36,6 +36,6 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], rank_pool.Pool]]:
-    """`pool(n)` is a group of n ranks."""
+    """`pool(n)` returns a group of `n` ranks, which stays up between tests."""
     yield rank_pool.pool
     rank_pool.close_all()

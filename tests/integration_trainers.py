@@ -1,4 +1,4 @@
-"""One training script for each trainer, as its users write it, all on the same data; and the plain loop."""
+"""The plain loop, and for each trainer a training script as its users write it, on the same data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_distributed import BATCH, Model, criterion, data
+from problems import BATCH, Model, criterion, data
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
@@ -26,7 +26,7 @@ Rates = list[float]
 
 
 class Setting(NamedTuple):
-    """How to train: `accumulate` micro-batches a step; from a checkpoint, or up to one."""
+    """How to train: with `accumulate` micro-batches for each step, and from a checkpoint or up to one."""
 
     accumulate: int = 1
     bfloat16: bool = False
@@ -51,7 +51,7 @@ class Recorded(gen.ExactGen):
 
 
 def plain(bfloat16: bool = False) -> Rates:
-    """The plain loop, one process, whole batches: what every trainer must agree with."""
+    """The rates of the plain loop in one process on whole batches, which every trainer must reproduce."""
     model = model_of(bfloat16)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ def dataset() -> TensorDataset:
 
 
 def loader(setting: Setting) -> DataLoader:
-    """The batches of `data()`, in the pieces that this rank and this accumulation take them."""
+    """The batches of `data()`, cut into the pieces that ranks and accumulation need."""
     return DataLoader(dataset(), batch_size=BATCH // (ranks() * setting.accumulate))
 
 
 class Shard:
-    """This rank's batches, in order; after a checkpoint those that were left."""
+    """This rank's batches, in order; after a checkpoint only those that remain."""
 
     def __init__(self, setting: Setting) -> None:
         self.batches = list(loader(setting))
@@ -119,7 +119,7 @@ def ranks() -> int:
 
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
-    """What torchrun puts in the environment, which trainers look at."""
+    """Set the environment variables of torchrun, which trainers read."""
     before, dtype = dict(os.environ), torch.get_default_dtype()
     if ranks() > 1:
         os.environ.update(
@@ -267,7 +267,7 @@ def lightning(setting: Setting) -> Rates:
     checkpoint = Path(setting.directory) / "checkpoint.ckpt"
     module = Module()
     trainer.fit(module, Shard(setting), ckpt_path=checkpoint if setting.resume else None)
-    assert module.accuracy.update_count <= STEPS * setting.accumulate, "the metric counts batches once"
+    assert module.accuracy.update_count <= STEPS * setting.accumulate, "the metric must count each batch once"
     if setting.directory and not setting.resume:
         trainer.save_checkpoint(checkpoint)
     return callback.scheduler.rates if not setting.default else seen  # type: ignore[attr-defined]
@@ -290,7 +290,7 @@ def transformers(setting: Setting) -> Rates:
 
 
 def language_model(setting: Setting) -> Rates:
-    """A model of transformers, which takes the number of tokens in the whole step for its loss."""
+    """A model of transformers, whose loss divides by the number of tokens in the whole step."""
     return hugging_face(new_language_model(), setting)
 
 
@@ -359,7 +359,7 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
 
 
 def torchtitan_container(setting: Setting) -> Rates:
-    """Its container of optimizers, checkpointed by torch.distributed.checkpoint, in a loop as short as can be."""
+    """The optimizer container of torchtitan in a minimal loop, checkpointed by torch.distributed.checkpoint."""
     from gen_dist.integrations.torchtitan import GenSchedulers
 
     model = sharded(model_of(False))
@@ -382,7 +382,7 @@ def torchtitan_container(setting: Setting) -> Rates:
 
 
 def torchtitan(setting: Setting) -> Rates:
-    """The real `Trainer.train_step`, on a trainer without what needs a GPU."""
+    """The real `Trainer.train_step`, on a trainer without the parts that need a GPU."""
     from torchtitan.trainer import Trainer
 
     from gen_dist.integrations.torchtitan import GenMixin, GenSchedulers

@@ -22,7 +22,7 @@ TUN = Path("/dev/net/tun")
 
 
 def why_not() -> str:
-    """Why this machine can make no hosts; empty if it can."""
+    """Why this machine cannot make hosts; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "unshare"):
@@ -39,8 +39,8 @@ def why_not() -> str:
 class Hosts:
     """`size` hosts `host0`, `host1`, ... at one switch, apart from this machine's own network.
 
-    With `delay`, two hosts joined by a wire on which every packet takes so many seconds. The wire is in user space:
-    kernels often come without netem.
+    With `delay`, a wire joins two hosts, and every packet takes that many seconds on it. The wire runs in user space,
+    because many kernels lack netem.
     """
 
     def __init__(self, size: int, delay: float = 0.0) -> None:
@@ -76,7 +76,7 @@ class Hosts:
         return f"10.77.0.{host + 1}"
 
     def start(self, host: int, command: Sequence[str], env: Mapping[str, str], output: Path) -> subprocess.Popen[str]:
-        """The command as a process on this host; what it prints goes to a file."""
+        """Start the command as a process on this host; its output goes to a file."""
         with output.open("w") as file:
             return subprocess.Popen(
                 self._on(host, command), env=dict(env), stdout=file, stderr=subprocess.STDOUT, text=True
@@ -125,7 +125,7 @@ class Hosts:
         self._undo.callback(stop.set)
 
     def _table_of_names(self, host: int) -> None:
-        """`ip netns exec` shows this file as /etc/hosts."""
+        """Write the file that `ip netns exec` shows as /etc/hosts."""
         folder = Path("/etc/netns") / self.spaces[host]
         folder.mkdir(parents=True)
         self._undo.callback(shutil.rmtree, folder)
@@ -144,7 +144,7 @@ class Hosts:
 
 
 def _relay(ends: list[int], delay: float, stop: threading.Event) -> None:
-    """Carries packets between the ends of a wire, each `delay` seconds after it came."""
+    """Carries packets between the ends of a wire, each `delay` seconds after it arrived."""
     on_the_way: deque[tuple[float, int, bytes]] = deque()
     while not stop.is_set():
         wait = max(on_the_way[0][0] - time.monotonic(), 0) if on_the_way else 0.1

@@ -1,4 +1,4 @@
-"""What test_multihost.py runs under torchrun: `train`, `cut` or `delay`, with a folder for what was found."""
+"""The program that test_multihost.py runs under torchrun: `train`, `cut` or `delay`, and a folder for its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_distributed import BATCH, criterion, data, new_model, parallel, train
+from problems import BATCH, criterion, data, new_model, parallel
+from training import train
 
 import gen_dist as gen
 
@@ -48,7 +49,7 @@ def endless(kind: str) -> None:
 
 
 def cost(folder: Path) -> None:
-    """The median seconds of an all-reduce, of an update alone, and of an update on all ranks."""
+    """Measure the median seconds of an all-reduce, of an update on one rank, and of an update on all ranks."""
 
     def median(part: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
         times = []

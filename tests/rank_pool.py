@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that stays up between tests: real processes, real collectives, a second to start once."""
+"""A pool of gloo ranks that stays up between tests: real processes and real collectives, started once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 _pools: dict[int, Pool] = {}
 
 
 class RankError(AssertionError):
-    """A function failed on a rank; the message holds the traceback from there."""
+    """A function failed on a rank. The message holds the traceback of that rank."""
 
 
 class Pool:
@@ -26,17 +26,14 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         store = tempfile.mktemp(prefix="gen_dist_ranks_")
-        context = mp.get_context("spawn")
         self.processes, self.connections = [], []
         for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
-            process.start()
-            self.processes.append(process)
+            here, there = processes.CONTEXT.Pipe()
+            self.processes.append(processes.start(_serve, rank, size, store, there))
             self.connections.append(here)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
-        """`function(*args)` on every rank at once; the results in order of rank."""
+        """Run `function(*args)` on every rank at once; returns the results in the order of the ranks."""
         for connection in self.connections:
             connection.send((function, args))
         results, errors = [], []
@@ -62,7 +59,7 @@ class Pool:
 
 
 def pool(size: int) -> Pool:
-    """The pool of this size, started when first asked for."""
+    """The pool of this size, which starts at the first call."""
     if size not in _pools:
         _pools[size] = Pool(size)
     return _pools[size]

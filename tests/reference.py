@@ -1,4 +1,4 @@
-"""The method on one page: one process, float64, double backward. Everything is held to it."""
+"""The method on one page, in one process, with double backward in float64. The tests compare everything with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
 
 
 def direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """`d` of a step with the gradients that are there, from a copy that steps at rate 1."""
+    """`d` of a step with the present gradients, from a copy that takes the step at rate 1."""
     twin_model, twin = copy.deepcopy((model, optimizer))
     for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
@@ -36,7 +36,7 @@ def direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor
 
 def derivatives(loss: Callable[[], Tensor], parameters: Sequence[Tensor], d: Sequence[Tensor]) -> tuple[float, ...]:
     """`(L, g.d, d'Hd)` by double backward."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         value = loss()
         gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
         slope = sum((g * v).sum() for g, v in zip(gradient, d, strict=True))
@@ -55,7 +55,7 @@ def train(
     lr_min: float = 0.0,
     lr_max: float = 1.0,
 ) -> Run:
-    """Train on one whole batch a step, each at `clamp((g.d) / (d'Hd))`, or at the last rate where that is no rate."""
+    """Train on whole batches, at `clamp((g.d) / (d'Hd))`, or at the last rate if either part is not positive."""
     run = Run()
     rate = optimizer.param_groups[0]["lr"]
     for x, y in batches:
@@ -109,3 +109,24 @@ def gauss_newton(
         output, moved = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (point,), (tangent,))
     leaf = output.detach().requires_grad_()
     return derivatives(lambda: criterion(leaf, y), [leaf], [moved.detach()])
+
+
+def estimate(
+    model: nn.Module,
+    criterion: Callable[[Any, Tensor], Tensor],
+    x: Any,
+    y: Tensor,
+    d: Sequence[Tensor],
+    curvature: str,
+    h: float,
+    probes: int,
+) -> tuple[float, float]:
+    """`(g.d, d'Hd)` as the estimator of this name defines them; `h` and `probes` are those of finite differences."""
+    weights = [*model.parameters()]
+    if curvature == "forward":
+        return finite_differences(lambda: criterion(model(x), y), weights, d, h, probes)
+    if curvature == "gauss-newton":
+        _, slope, bend = gauss_newton(model, criterion, x, y, d)
+    else:
+        _, slope, bend = derivatives(lambda: criterion(model(x), y), weights, d)
+    return slope, bend

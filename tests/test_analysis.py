@@ -1,4 +1,4 @@
-"""The curves: the loss along the direction and its parabola, in one process and on ranks, changing nothing."""
+"""The curves: the loss along the direction and its parabola, in one process and on ranks. They change nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from effects import assert_unchanged, forward_passes, local_snapshot, snapshot
 from numpy.typing import NDArray
+from problems import (
+    BATCH,
+    KINDS,
+    OfDict,
+    criterion,
+    data,
+    new_model,
+    noisy_regression,
+    parallel,
+    perceptron,
+    slice_here,
+)
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, criterion, data, new_model, parallel, slice_here
 from torch import Tensor, nn
 
 import gen_dist as gen
 
 RATES = np.array([[0.0, 1e-3], [1e-2, -1e-2]])
-
-
-def problem(training: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 3)).double()
-    return model.train(training), torch.randn(8, 5).double(), torch.randn(8, 3).double()
 
 
 def true_losses(model: nn.Module, x: Tensor, y: Tensor, d: list[Tensor]) -> NDArray[Any]:
@@ -45,29 +51,10 @@ def true_losses(model: nn.Module, x: Tensor, y: Tensor, d: list[Tensor]) -> NDAr
     return losses
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
-    gradients = [p.grad for p in model.parameters()]
-    return copy.deepcopy([model.state_dict(), gradients, optimizer.state_dict(), torch.get_rng_state()])
-
-
-def assert_unchanged(before: Any, after: Any) -> None:
-    if isinstance(before, Tensor):
-        assert torch.equal(before, after)
-    elif isinstance(before, dict):
-        assert before.keys() == after.keys()
-        for key in before:
-            assert_unchanged(before[key], after[key])
-    elif isinstance(before, (list, tuple)):
-        for b, a in zip(before, after, strict=True):
-            assert_unchanged(b, a)
-    else:
-        assert before == after
-
-
 @pytest.mark.parametrize("held", ["held", "not held", "plain optimizer"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_curves(training: bool, held: str) -> None:
-    model, x, y = problem(training)
+    model, x, y = noisy_regression(training)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
     if held != "plain optimizer":
         optimizer = gen.as_gen_optimizer(optimizer)
@@ -96,25 +83,14 @@ def test_curves(training: bool, held: str) -> None:
     assert given[0] == 7.0
 
 
-class OfDict(nn.Module):
-    """A model whose batch is a dict, as those of transformers are."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.inner(batch["input"])
-
-
 FORMS = ["closure", "dict", "batches"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_batch(form: str) -> None:
-    """Two micro-batches of four are the batch of eight."""
-    _, x, y = problem()
-    inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    """Two micro-batches of four samples give the curves of the batch of eight."""
+    _, x, y = noisy_regression()
+    inner = perceptron(5, 7, 3).double()
     model = OfDict(inner)
     criterion: Any = F.mse_loss
     calls: dict[str, dict[str, Any]] = {
@@ -138,22 +114,19 @@ def test_every_form_of_a_batch(form: str) -> None:
 
 
 def test_one_forward_pass_a_point_and_one_for_the_parabola() -> None:
-    model, x, y = problem()
-    passes: list[None] = []
-    model.register_forward_hook(lambda *_: passes.append(None))
+    model, x, y = noisy_regression()
     optimizer = torch.optim.SGD(model.parameters())
     F.mse_loss(model(x), y).backward()
-    for function, expected in [(gen.loss_per_learning_rate, 11), (gen.second_order_approximation, 1)]:
-        passes.clear()
-        function(model, F.mse_loss, optimizer, x, y, np.linspace(0, 1, 11))
-        assert len(passes) == expected
+    arguments = model, F.mse_loss, optimizer, x, y, np.linspace(0, 1, 11)
+    assert forward_passes(model, lambda: gen.loss_per_learning_rate(*arguments)) == 11
+    assert forward_passes(model, lambda: gen.second_order_approximation(*arguments)) == 1
 
 
 @pytest.mark.parametrize("progress", [True, None, False])
 def test_a_progress_bar_on_a_terminal_or_on_demand(
     progress: bool | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     optimizer = torch.optim.SGD(model.parameters())
     F.mse_loss(model(x), y).backward()
     for terminal in (False, True):
@@ -165,7 +138,7 @@ def test_a_progress_bar_on_a_terminal_or_on_demand(
 
 
 def test_a_short_grid_has_no_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     optimizer = torch.optim.SGD(model.parameters())
     F.mse_loss(model(x), y).backward()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -184,7 +157,7 @@ class Counting(torch.optim.SGD):
 
 
 def test_an_optimizer_that_counts_its_steps_in_its_groups_is_left_as_it_was() -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     optimizer = Counting(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
     rate = optimizer.param_groups[0]["lr"]
     F.mse_loss(model(x), y).backward()
@@ -197,7 +170,7 @@ def test_an_optimizer_that_counts_its_steps_in_its_groups_is_left_as_it_was() ->
 
 def test_its_count_agrees_with_its_weights_where_a_closure_fails() -> None:
     """The direction that was found is kept: the next step of the optimizer is the one that was counted."""
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     optimizer = gen.make_gen_optimizer(Counting, model.parameters(), lr=0.1, momentum=0.9)
     scheduler = gen.ExactGen(optimizer, model)
     F.mse_loss(model(x), y).backward()
@@ -215,7 +188,7 @@ def test_its_count_agrees_with_its_weights_where_a_closure_fails() -> None:
 
 
 def test_without_a_direction_or_with_an_optimizer_that_has_none() -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     with pytest.raises(ValueError, match=r"call loss\.backward\(\) first"):
         gen.loss_per_learning_rate(model, F.mse_loss, torch.optim.SGD(model.parameters()), x, y, RATES)
     F.mse_loss(model(x), y).backward()
@@ -227,7 +200,7 @@ def test_without_a_direction_or_with_an_optimizer_that_has_none() -> None:
 
 @pytest.mark.parametrize("rates", [[], [float("nan")]])
 def test_a_grid_without_rates_is_refused(rates: list[float]) -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters())
     with pytest.raises(ValueError, match="learning_rates must be finite numbers"):
         gen.loss_per_learning_rate(model, F.mse_loss, optimizer, x, y, rates)
@@ -266,7 +239,7 @@ def test_curves_of_the_global_loss(pool: Callable[[int], Pool], ranks: int, kind
 
 
 def curves_of_unequal_slices(kind: str) -> tuple[bool, NDArray[Any], list[float]]:
-    """By a plain optimizer that holds no direction, with closures, in a group that is named."""
+    """With a plain optimizer, which holds no direction, with closures, and with an explicit process group."""
     x, y = data()[0]
     here = slice_here("unequal")
     model = parallel(new_model(), kind)
@@ -280,12 +253,6 @@ def curves_of_unequal_slices(kind: str) -> tuple[bool, NDArray[Any], list[float]
     coefficients = gen.second_order_approximation_coeffs(model, None, optimizer, **how)
     unchanged = all(torch.equal(b, a) for b, a in zip(before, local_snapshot(model, optimizer), strict=True))
     return unchanged, losses, [c.item() for c in coefficients]
-
-
-def local_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = parameters + [p.grad for p in parameters if p.grad is not None]
-    return [*(getattr(t, "_local_tensor", t).detach().clone() for t in tensors), torch.get_rng_state()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

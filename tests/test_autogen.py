@@ -13,8 +13,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from problems import BATCH, KINDS, Model, criterion, new_model, parallel, slice_here, whole
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, Model, criterion, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen

@@ -1,33 +1,29 @@
-"""What an update may cost: memory beside the model, passes over the parameters, looks of the host at the device."""
+"""What an update may cost: memory, passes over the parameters, and reads of results by the host."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import allocations
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from update_cost import problem
 
 import gen_dist as gen
 from gen_dist.line import Line, MicroBatch, Slice, exact, gauss_newton
 from gen_dist.parallel import Layout
 
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-from memory import allocations
-from update_cost import problem
-
 ESTIMATORS = [("exact", 2), ("gauss-newton", 2), ("forward", 2), ("forward", 1)]
 
 
 def prepared(curvature: str, probes: int, width: int = 256, depth: int = 8) -> tuple[Any, Any, Callable[[], None]]:
-    """An optimizer and a scheduler after a first step, the gradients of the second there; and a call of the latter."""
+    """An optimizer and a scheduler before their third step, with gradients, and a function that makes the update."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-3, momentum=0.9)
@@ -64,7 +60,7 @@ def test_memory_is_two_copies_of_the_parameters_in_an_update_and_one_after_it(cu
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "gelu", "gelu tanh", "silu", "mish"])
 def test_jets_need_three_times_the_memory_of_a_forward_pass(name: str) -> None:
-    """They are three tensors in place of one; what rules need in between adds nothing at the peak."""
+    """A jet is three tensors in place of one. Intermediate results of the rules add nothing at the peak."""
     if name in ("mlp", "cnn", "gpt"):
         model, criterion, x, y = problem(name)
     else:
@@ -84,7 +80,7 @@ def test_jets_need_three_times_the_memory_of_a_forward_pass(name: str) -> None:
 
 
 class Passes(TorchDispatchMode):
-    """Notes the operators that read or write a tensor of this many elements; views do neither."""
+    """Records the operators that read or write a tensor of this many elements. Views do neither."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -139,7 +135,7 @@ def test_passes_over_the_parameters_by_jets(curvature: str) -> None:
 
 
 class HostReads(TorchFunctionMode):
-    """Notes where Python waits for numbers of a tensor; those of the random state are the host's own."""
+    """Records where Python waits for the numbers of a tensor. The random state is on the host, so it does not count."""
 
     NAMES = frozenset("__bool__ __float__ __int__ item tolist numpy cpu equal allclose".split())
 
@@ -156,7 +152,7 @@ class HostReads(TorchFunctionMode):
 
 @pytest.mark.parametrize(("curvature", "probes"), ESTIMATORS)
 def test_the_host_reads_two_results_an_update(curvature: str, probes: int) -> None:
-    """Whether gradients are finite, before they enter the optimizer's state, and the reduced numbers."""
+    """One read checks that the gradients are finite, and the other takes the reduced numbers."""
     _, _, update = prepared(curvature, probes)
     with HostReads() as reads:
         update()

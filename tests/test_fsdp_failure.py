@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from programs import ENVIRONMENT, torchrun
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import gen_dist as gen
 
+pytestmark = pytest.mark.xdist_group("fsdp failure")  # one job serves all tests
 TIMEOUT = 6.0  # seconds that a collective may take
 ERROR = "OSError: the disk of this host is full"
 
@@ -70,19 +71,17 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module")
 def job() -> Job:
     """What became of `train` under torchrun on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as torchrun:
+        [*torchrun(2), __file__], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
         try:
-            said, _ = torchrun.communicate(timeout=60)
+            said, _ = launcher.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            torchrun.terminate()  # it ends its ranks
-            pytest.fail(f"did not end in 60 s, and said: {torchrun.communicate()[0]}")
+            launcher.terminate()  # it ends its ranks
+            pytest.fail(f"did not end in 60 s, and said: {launcher.communicate()[0]}")
     failed = re.search(r"failed at (\S+)", said)
     assert failed is not None, said
-    return Job(torchrun.returncode, time.time() - float(failed[1]), said)
+    return Job(launcher.returncode, time.time() - float(failed[1]), said)
 
 
 @pytest.mark.timeout(80)

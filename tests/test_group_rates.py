@@ -11,8 +11,8 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import KINDS, Model, criterion, data, new_model, parallel, slice_here, whole
 from rank_pool import Pool
-from test_distributed import KINDS, Model, criterion, data, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen

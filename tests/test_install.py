@@ -1,4 +1,4 @@
-"""What people install: a source archive and a wheel that hold what they should, and run without this repository."""
+"""The source archive and the wheel hold what they should, and work without the repository."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 NEEDED = ["pyproject.toml", "README.md", "LICENSE", "gen_dist"]
 
-pytestmark = pytest.mark.skipif(
-    find_spec("pip") is None or find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
-    reason="needs pip, and setuptools 77 or newer, which pyproject.toml names",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("pip") is None or find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
+        reason="needs pip, and setuptools 77 or newer, which pyproject.toml names",
+    ),
+    pytest.mark.xdist_group("install"),  # one wheel serves both tests
+]
 
 BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, 'build_' + sys.argv[1])(sys.argv[2]))"
 PROGRAM = """
@@ -55,7 +58,7 @@ def run(*command: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since building leaves files behind."""
+    """The archive, built from a copy, since building leaves files behind."""
     copy = tmp_path_factory.mktemp("repository")
     for name in NEEDED:
         path = ROOT / name
@@ -68,7 +71,7 @@ def source_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source archive alone."""
+    """The wheel, built only from the source archive."""
     folder = tmp_path_factory.mktemp("unpacked")
     shutil.unpack_archive(source_archive, folder)
     [source] = folder.iterdir()
@@ -88,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_trains_where_the_repository_is_not(wheel: Path, tmp_path: Path) -> None:
-    """In a virtual environment of its own, which borrows torch from the one of the tests but not gen_dist."""
+    """The new virtual environment takes torch from that of the tests, but not gen_dist."""
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]

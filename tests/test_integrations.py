@@ -1,4 +1,4 @@
-"""Every trainer sets the rates of the plain loop: on any ranks, with its accumulation, clipping, precision, resume."""
+"""Every trainer sets the rates of the plain loop: on ranks, with accumulation, clipping, bfloat16 and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import integration_trainers as trainers
 import pytest
 import torch
 from integration_trainers import STEPS, Rates, Setting
+from problems import criterion, data, new_model
 from rank_pool import Pool
-from test_distributed import criterion, data, new_model
 from torch import Tensor
 
 import gen_dist as gen
@@ -40,7 +40,11 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 TRAINERS = [pytest.param(name, marks=needs(*packages)) for name, packages in PACKAGES.items()]
 IN_BFLOAT16 = [trainer for trainer in TRAINERS if "torchtitan" not in str(trainer.values[0])]
-pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(90),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("integrations"),  # one process imports the trainers
+]
 Pools = Callable[[int], Pool]
 
 
@@ -88,7 +92,7 @@ def test_a_model_of_transformers_that_counts_its_tokens(pool: Pools, ranks: int,
 @pytest.mark.parametrize("name", [p for p in TRAINERS if p.values[0] in ("lightning", "transformers")])
 def test_by_default_the_number_of_steps_is_the_horizon(name: str) -> None:
     rates = train(name, Setting(default=True))
-    assert 0 < rates[-1] < rates[0], "it decays"
+    assert 0 < rates[-1] < rates[0], "the rate must decay"
 
 
 # ------------------------------------------------------------------------------------------ what they share
@@ -104,7 +108,7 @@ def problem(**arguments: bool) -> tuple[RateAtStep, Callable[[], Tensor]]:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_are_unscaled_when_the_rate_is_set(fused: bool) -> None:
-    """By the scaler, in its `step`; a fused optimizer does it itself."""
+    """The scaler unscales them in its `step`, and a fused optimizer does it by itself."""
     rates = []
     for scale in (1.0, 1024.0):
         rate, loss = problem(fused=fused)
@@ -165,7 +169,7 @@ def test_without_a_scheduler_it_says_so() -> None:
 
 
 def test_several_optimizers_are_one() -> None:
-    """Their joint rate is that of one optimizer with a group for each."""
+    """Their joint rate equals that of one optimizer with a group for each of them."""
     seen = []
     for joint in (True, False):
         x, y = data()[0]
@@ -238,7 +242,7 @@ def averaged_shards() -> str:
 
 
 def test_averages_in_shards_are_refused(pool: Pools) -> None:
-    """A trainer's checkpoint would hold those of one rank."""
+    """A checkpoint of the trainer would hold only the averages of one rank."""
     assert all("one rank" in message for message in pool(2).run(averaged_shards))
 
 

@@ -1,4 +1,4 @@
-"""What launch/ starts runs: preflight, the scripts, a real Slurm, and the manifest for Kubernetes."""
+"""The files in launch/ work: preflight, the scripts, a real Slurm, and the manifest for Kubernetes."""
 
 from __future__ import annotations
 
@@ -54,10 +54,13 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> Path:
+pytestmark = pytest.mark.xdist_group("launch")  # one run serves several tests
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small training program, in a folder of its own."""
-    file = tmp_path / "train.py"
+    file = tmp_path_factory.mktemp("train") / "train.py"
     file.write_text(TRAIN)
     return file
 
@@ -66,6 +69,12 @@ def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def local(train: Path) -> subprocess.CompletedProcess[str]:
+    """The output of launch/local.sh on two ranks: preflight, and then the training."""
+    return run("bash", str(LAUNCH / "local.sh"), "train.py", "--name", "a b", cwd=train.parent, NPROC_PER_NODE="2")
 
 
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -86,17 +95,16 @@ def assert_trained(output: str, ranks: int, arguments: str = "[]") -> None:
     assert sorted((said, int(rank), int(size)) for said, rank, size, _ in found) == [
         (arguments, rank, ranks) for rank in range(ranks)
     ], output
-    assert len({rate for *_, rate in found}) == 1, "one rate on all ranks"
+    assert len({rate for *_, rate in found}) == 1, "all ranks must have the same rate"
 
 
 # ------------------------------------------------------------------------------------------------------ preflight
 
 
-def test_preflight_prints_a_line_a_rank(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run(sys.executable, *torchrun, *PREFLIGHT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    title, *rows, verdict = done.stdout.splitlines()
+def test_preflight_prints_a_line_a_rank(local: subprocess.CompletedProcess[str]) -> None:
+    assert local.returncode == 0, local.stderr
+    printed = local.stdout.splitlines()
+    title, *rows, verdict = printed[: next(i for i, line in enumerate(printed) if line.startswith("preflight")) + 1]
     assert title.split()[:4] == ["rank", "host", "python", "torch"]
     assert [row.split()[0] for row in rows] == ["0", "1"]
     for row in rows:
@@ -106,7 +114,7 @@ def test_preflight_prints_a_line_a_rank(tmp_path: Path) -> None:
 
 
 def test_preflight_tells_of_a_rank_with_other_settings() -> None:
-    """Without torchrun, which would end the second rank when the first one fails."""
+    """Without torchrun, which would end the second rank as soon as the first one fails."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
         start(sys.executable, *PREFLIGHT, **common, RANK=str(rank), OMP_NUM_THREADS=str(rank + 1)) for rank in range(2)
@@ -159,14 +167,13 @@ def test_ranks_hear_of_one_that_does_not_come() -> None:
 # --------------------------------------------------------------------------------------------------- the scripts
 
 
-def test_local_checks_and_trains(train: Path) -> None:
-    done = run("bash", str(LAUNCH / "local.sh"), "train.py", "--name", "a b", cwd=train.parent, NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stderr
-    assert_trained(done.stdout, 2, "['--name', 'a b']")
+def test_local_checks_and_trains(local: subprocess.CompletedProcess[str]) -> None:
+    assert local.returncode == 0, local.stderr
+    assert_trained(local.stdout, 2, "['--name', 'a b']")
 
 
 def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
-    """Two machines on which another command was typed."""
+    """Two nodes on which different commands were typed."""
     common = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     nodes = []
     for node in range(2):
@@ -179,7 +186,7 @@ def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
 
 
 def test_multinode_takes_its_numbers_from_kubeflow(train: Path) -> None:
-    """Two machines, both this one, with the variables of a Kubeflow TrainJob."""
+    """Two nodes on one machine, with the variables of a Kubeflow TrainJob."""
     common = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
     common |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(free_port())}
     nodes = [
@@ -249,7 +256,7 @@ def why_no_slurm() -> str:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Slurm cluster of two nodes, both this machine, with a key, ports and folders of its own; how to reach it."""
+    """The environment of a Slurm cluster of two nodes on one machine, with a key, ports and folders of its own."""
     folder = tmp_path / "slurm"
     (folder / "state").mkdir(parents=True)
     key = folder / "munge.key"
@@ -342,7 +349,7 @@ def manifest() -> dict[str, Any]:
 
 
 def fit(value: Any, fields: Any, where: str) -> list[str]:
-    """Where a value is none of the published fields, or of another type."""
+    """Where a value is not in a published field, or has another type than that field."""
     if isinstance(fields, type):
         return [] if type(value) is fields else [f"{where} is {value!r}, should be of type {fields.__name__}"]
     if isinstance(fields, list):
@@ -365,7 +372,7 @@ def test_the_manifest_is_a_trainjob_to_kubeflows_own_models(manifest: dict[str, 
     models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
     job = models.TrainerV1alpha1TrainJob.from_dict(manifest)
     assert job.spec.trainer.num_nodes == manifest["spec"]["trainer"]["numNodes"]
-    assert job.to_dict()["spec"] == manifest["spec"], "nothing that the model does not know"
+    assert job.to_dict()["spec"] == manifest["spec"], "the model must know every field"
 
 
 def test_the_manifest_starts_what_is_there(manifest: dict[str, Any]) -> None:

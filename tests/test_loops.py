@@ -1,4 +1,4 @@
-"""The loops people train in: accumulation, clipping, several losses, warm-up, checkpointing, compilation, ..."""
+"""Training loops in use: accumulation, clipping, several losses, warm-up, checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import reference
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from problems import KINDS, criterion, data, new_model, parallel, perceptron, slice_here, whole
 from rank_pool import Pool
-from test_distributed import BATCH, KINDS, assert_same, criterion, data, expected, new_model, parallel, record, whole
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from training import assert_same, expected, record
 
 import gen_dist as gen
 
@@ -23,16 +23,14 @@ import gen_dist as gen
 
 
 def accumulate(kind: str, curvature: str, as_closures: bool) -> reference.Run:
-    """Four micro-batches a step on this rank, synchronised at the last one."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    """Train with four micro-batches for each step on this rank, synchronised at the last one."""
+    here = slice_here()
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, weight_decay=0.1)
     scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
     run = reference.Run()
     for x, y in data():
-        share = BATCH // ranks
-        here = slice(share * rank, share * (rank + 1))
         micro = list(zip(x[here].chunk(4), y[here].chunk(4), strict=True))
         optimizer.zero_grad()
         for i, (mx, my) in enumerate(micro):
@@ -65,8 +63,7 @@ def test_micro_batches_give_the_rate_of_the_whole_batch(
 
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+    return perceptron(4, 8, 3).double(), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
 
 
 def assert_reference(scheduler: gen.GenScheduler, loss: Callable[[], Tensor], d: list[Tensor]) -> None:
@@ -77,7 +74,7 @@ def assert_reference(scheduler: gen.GenScheduler, loss: Callable[[], Tensor], d:
 
 
 def test_clipped_gradients() -> None:
-    """The direction is that of the clipped gradient, and slope and curvature are the loss's along it."""
+    """The direction is that of the clipped gradient, and slope and curvature are those of the loss along it."""
     model, x, y = problem()
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
     scheduler = gen.ExactGen(optimizer, model, F.cross_entropy, lr_max=1e9)
@@ -94,7 +91,7 @@ def clipped_shards(kind: str) -> tuple[float, ...]:
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
     scheduler = gen.ExactGen(optimizer, model, criterion, lr_max=1e9)
     x, y = data()[0]
-    here = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+    here = slice_here()
     criterion(model(x[here]), y[here]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
     scheduler.step(x[here], y[here])
@@ -193,7 +190,7 @@ def test_activation_checkpointing(curvature: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("in_place", [True, False], ids=["model.compile()", "torch.compile(model)"])
 @pytest.mark.parametrize("curvature", ["exact", "gauss-newton", "forward"])
 def test_compiled_models(curvature: str, in_place: bool) -> None:
-    """The same numbers as uncompiled, and nothing is compiled anew for a probe."""
+    """A compiled model gives the numbers of the plain one, and no probe compiles it again."""
     torch.compiler.reset()
     graphs: list[int] = []
 
@@ -225,4 +222,4 @@ def test_compiled_models(curvature: str, in_place: bool) -> None:
             seen += scheduler.last[:4]
         lasts.append(seen)
     assert lasts[0] == pytest.approx(lasts[1], rel=1e-12)
-    assert len(graphs) <= 2, "one with gradients and one without"
+    assert len(graphs) <= 2, "at most two graphs: one with gradients and one without"

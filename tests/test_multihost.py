@@ -1,4 +1,4 @@
-"""Several machines, as network namespaces: real torchrun, real addresses, a cable that can be pulled."""
+"""Several hosts, made of network namespaces, with the real torchrun, addresses, and cables that can be pulled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import multihost_hosts
 import pytest
 import torch
 from multihost_hosts import CARD, TUN, Hosts
-from test_distributed import assert_same, expected
+from training import assert_same, expected
 
 PROGRAM = str(Path(__file__).parent / "multihost_program.py")
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -26,14 +26,14 @@ ENVIRONMENT = os.environ | {
 pytestmark = pytest.mark.skipif(bool(multihost_hosts.why_not()), reason=multihost_hosts.why_not() or "can run")
 
 
-def torchrun(hosts: Hosts, port: int, ranks: int = 1) -> list[str]:
-    """The same on every host; `host0` knows itself by its name."""
-    return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts.size}", f"--nproc_per_node={ranks}",
+def torchrun(hosts: Hosts, port: int) -> list[str]:
+    """The command, which is the same on every host; `host0` recognises itself by its name."""
+    return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts.size}", "--nproc_per_node=1",
             "--rdzv_backend=c10d", f"--rdzv_endpoint=host0:{port}", "--rdzv_conf=read_timeout=20"]  # fmt: skip
 
 
 def wait(processes: list[subprocess.Popen[str]], seconds: float, outputs: Iterable[Path]) -> list[int]:
-    """The exit codes; fails, with what was said, if one takes longer."""
+    """Wait for all processes; returns their exit codes, or fails with their output if one takes longer."""
     deadline = time.monotonic() + seconds
     try:
         return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in processes]
@@ -43,11 +43,11 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float, outputs: Iterab
 
 
 def train_on(hosts: Hosts, ranks: int, command: list[str], folder: Path, **variables: str) -> str:
-    """What host0 said; the rates and the parameters are those of one process on the union batch."""
+    """Train on all hosts and compare with one process on the union batch; returns the output of host0."""
     outputs = [folder / f"host{host}" for host in range(hosts.size)]
     command = [*command, PROGRAM, "train", str(folder)]
     running = [hosts.start(host, command, ENVIRONMENT | variables, outputs[host]) for host in range(hosts.size)]
-    codes = wait(running, 75, outputs)
+    codes = wait(running, 100, outputs)
     assert codes == [0] * hosts.size, "\n".join(output.read_text() for output in outputs)
     oracle = expected("adamw")
     for kind in ("ddp", "fsdp2"):
@@ -58,25 +58,19 @@ def train_on(hosts: Hosts, ranks: int, command: list[str], folder: Path, **varia
     return outputs[0].read_text()
 
 
-@pytest.mark.timeout(80)
-def test_two_hosts_of_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.timeout(110)
+def test_two_hosts_of_two_ranks_are_checked_and_train_as_one_process_does(tmp_path: Path) -> None:
+    variables = {"NNODES": "2", "NPROC_PER_NODE": "2", "MASTER_ADDR": "host0"}
     with Hosts(2) as hosts:
-        train_on(hosts, 2, torchrun(hosts, 29400, ranks=2), tmp_path)
-
-
-@pytest.mark.timeout(80)
-def test_multinode_checks_and_trains_on_two_hosts(tmp_path: Path) -> None:
-    variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "host0"}
-    with Hosts(2) as hosts:
-        said = train_on(hosts, 1, ["bash", str(LAUNCH / "multinode.sh")], tmp_path, **variables)
+        said = train_on(hosts, 2, ["bash", str(LAUNCH / "multinode.sh")], tmp_path, **variables)
     rows = [line.split() for line in said.splitlines()]
-    assert [row[:2] for row in rows if "gloo" in row] == [["0", "host0"], ["1", "host1"]]
-    assert "preflight: ready, 2 ranks" in said
+    assert [row[:2] for row in rows if "gloo" in row] == [[str(rank), f"host{rank // 2}"] for rank in range(4)]
+    assert "preflight: ready, 4 ranks" in said
 
 
-@pytest.mark.timeout(80)
+@pytest.mark.timeout(110)
 def test_a_cable_pulled_ends_all_processes(tmp_path: Path) -> None:
-    """DDP and FSDP2 at once, each a run of its own: an error on both hosts, soon, and nobody is left."""
+    """Runs of DDP and of FSDP2 at the same time end soon with an error on both hosts, and leave no process."""
     with Hosts(2) as hosts:
         outputs, running = {}, []
         for port, kind in ((29400, "ddp"), (29401, "fsdp2")):

@@ -1,4 +1,4 @@
-"""The direction: the base step runs once, theta comes back bit for bit, and moving along d is the base step."""
+"""The direction: the base step runs once, theta is restored bit for bit, and moving along d is the base step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gradients(dtype: torch.dtype, scale: float) -> list[Tensor]:
 
 
 def true_direction(case: str, dtype: torch.dtype, scale: float) -> list[Tensor]:
-    """From float64 steps at rate 1, each from the same weights."""
+    """The directions of float64 steps at rate 1, each from the same weights."""
     cls, arguments = CASES[case]
     [p] = parameters(dtype)
     if case == "muon":
@@ -66,7 +66,7 @@ def true_direction(case: str, dtype: torch.dtype, scale: float) -> list[Tensor]:
 
 
 def muon_direction(theta: Tensor, dtype: torch.dtype, scale: float) -> list[Tensor]:
-    """Muon orthogonalises in bfloat16, where other digits of the input round to other neighbours: no float64 oracle.
+    """Muon orthogonalises in bfloat16, where a slightly different input rounds differently, so float64 is no oracle.
 
     From zero weights its step is exactly minus the orthogonal part; the decay is added here.
     """
@@ -159,7 +159,7 @@ def test_as_gen_optimizer_keeps_the_object_its_state_groups_and_hooks() -> None:
     calls.clear()
     p.grad, q.grad = second.clone(), second.clone()
     converted.compute_param_updates()
-    assert calls == [], "hooks are for the step that the user sees"
+    assert calls == [], "hooks must run only at the step that the user takes"
     converted.step()
     assert calls == ["before", "after"]
     base.step()
@@ -204,7 +204,7 @@ def test_tensor_rates_keep_their_identity() -> None:
 
 
 class Relative(Optimizer):
-    """A step that is not linear in lr, and that nobody listed."""
+    """An optimizer whose step is not linear in lr, and which no list names."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})

@@ -1,4 +1,4 @@
-"""Every optimizer there is: it works, to 1e-6 of the base optimizer at the same rate, or is refused by name."""
+"""Every optimizer works, within 1e-6 of the base optimizer at the same rates, or is refused by name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 
 
 def assert_same_steps(make: Callable[..., Optimizer], sparse: bool = False, **arguments: Any) -> None:
-    """Eight steps, at rates that change, beside the base optimizer."""
+    """Take eight steps at changing rates, and compare with the base optimizer."""
     ours, theirs = layers(sparse), layers(sparse)
     if inspect.isclass(make):
         optimizer = gen.make_gen_optimizer(make, ours.parameters(), **arguments)

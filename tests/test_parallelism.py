@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -180,22 +181,17 @@ def train(kind: str, curvature: str, probes: int) -> list[tuple[float, ...]]:
     return updates
 
 
+@functools.cache
 def expected(curvature: str, probes: int) -> list[tuple[float, ...]]:
     model = new_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    weights = [*model.parameters()]
     rate, updates = 1e-2, []
     for x, y in data():
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         d = reference.direction(model, optimizer)
-        loss, slope, curve = reference.derivatives(lambda x=x, y=y: F.cross_entropy(model(x), y), weights, d)
-        if curvature == "gauss-newton":
-            curve = reference.gauss_newton(model, F.cross_entropy, x, y, d)[2]
-        if curvature == "forward":
-            slope, curve = reference.finite_differences(
-                lambda x=x, y=y: F.cross_entropy(model(x), y), weights, d, rate, probes
-            )
+        slope, curve = reference.estimate(model, F.cross_entropy, x, y, d, curvature, rate, probes)
+        loss = F.cross_entropy(model(x), y).item()
         rate = min(slope / curve, 1.0) if curve > 0 else rate
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Pictures of a run: what is in them, from records, from a file, and with gaps."""
+"""Pictures of a run: what they show, from records, from a file, and with gaps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def labels(axes: Axes) -> list[str]:
 
 
 def drawn(figure: Figure) -> Figure:
-    """Rendered, which finds what a layout or a scale cannot take."""
+    """The figure, rendered, which fails if a layout or a scale cannot take the data."""
     figure.canvas.draw()
     return figure
 
@@ -58,7 +58,7 @@ def test_lines_against_their_parabolas() -> None:
     shown = {text.get_text() for text in legend.get_texts()}
     assert shown == {"true loss", "parabola", "clamp", "chosen rate", "minimum of the parabola"}
     top = figure.axes[0].get_ylim()[1]
-    assert 1.4 <= top < 2.0, "an infinite loss does not stretch the picture"
+    assert 1.4 <= top < 2.0, "an infinite loss must not stretch the picture"
 
 
 def test_records_of_every_kind(tmp_path: Path) -> None:

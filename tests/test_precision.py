@@ -1,27 +1,23 @@
-"""Half precision: the rate is that of float32 within 20 %, or the update is declined; overflow touches nothing."""
+"""Half precision: the rate is that of float32 within 20 %, or the update is declined. Overflow changes nothing."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import CNN, GPT
+from problems import parallel, perceptron
 from rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 from gen_dist.parallel import local
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from models import CNN, GPT
 
 STEPS = 50
 
@@ -44,7 +40,7 @@ def problem(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("how", ["autocast around the step", "autocast in a closure", "bfloat16 weights"])
 @pytest.mark.parametrize("name", ["gpt", "cnn"])
 def test_bfloat16_rates(name: str, how: str, estimator: tuple[str, int]) -> None:
-    """Along one float32 run, at each step the rates that both precisions would choose there."""
+    """At each step of a float32 run, compare the rates that both precisions choose there."""
     curvature, probes = estimator
     if how == "autocast in a closure" and curvature == "gauss-newton":
         pytest.skip("gauss-newton takes no closures")
@@ -98,13 +94,9 @@ def autocast_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_training(kind: str, fused: bool) -> list[tuple[Any, ...]]:
-    """The second of four steps overflows, on one rank's slice alone."""
+    """Take four steps, of which the second overflows, only on the slice of one rank."""
     torch.manual_seed(1)
-    model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    if kind == "ddp":
-        model = DistributedDataParallel(model)
-    if kind == "fsdp2":
-        fully_shard(model)
+    model = parallel(perceptron(4, 8, 3), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, fused=fused)
     scheduler = gen.ExactGen(optimizer, model, F.cross_entropy, lr_max=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -150,7 +142,7 @@ def test_an_overflow_step_changes_nothing_on_any_rank(
 
 
 def mixed_policy(curvature: str) -> tuple[float, float, str]:
-    """FSDP2 with bfloat16 compute beside the same in float32: the first rate of each."""
+    """The third rates of FSDP2 with float32 and with bfloat16 computation, and the reason of the latter."""
     rates = []
     for dtype in (None, torch.bfloat16):
         model, batches = problem("gpt")

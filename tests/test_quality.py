@@ -1,4 +1,4 @@
-"""The quality benchmark: what it runs, what it leaves out, and how it sums up."""
+"""The quality benchmark: what it runs, what it leaves out, and how it summarises."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.testing import assert_close
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
 import quality
+import torch
 from quality_methods import METHODS, takes_part
 from quality_report import table
 from quality_tasks import TASKS
+from torch.testing import assert_close
 
 TINY = 0.02  # of 500 steps
 
@@ -29,7 +26,7 @@ def record(method: str, seed: int, last: float, averaged: float | None = None) -
 
 
 def cells(text: str, title: str) -> list[str]:
-    """Of the first row of that title."""
+    """The cells of the first row with this title."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     return next(row for row in rows if row[0] == title)[1:]
 

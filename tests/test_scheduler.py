@@ -1,4 +1,4 @@
-"""The scheduler in one process: the closed form, the fallbacks, laziness, and errors that say what to type."""
+"""The scheduler in one process: closed forms, fallbacks, steps between updates, and errors that say what to type."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from effects import assert_unchanged, forward_passes, snapshot
+from problems import half_mean_square, perceptron
 from torch import Tensor, nn
 
 import gen_dist as gen
@@ -21,10 +23,6 @@ CURVATURES: list[dict[str, Any]] = [
     {"curvature": "forward", "probes": 2},
     {"curvature": "forward", "probes": 1},
 ]
-
-
-def half_mean_square(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().sum() / (2 * len(target))
 
 
 def backward(scheduler: gen.GenScheduler, x: Tensor, y: Tensor) -> None:
@@ -47,7 +45,7 @@ def linear_problem(**arguments: Any) -> tuple[gen.GenScheduler, Tensor, Tensor]:
 @pytest.mark.parametrize("arguments", CURVATURES, ids=lambda a: "-".join(map(str, a.values())))
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.LeakyReLU])
 def test_closed_form_of_one_layer(arguments: dict[str, Any], activation: type[nn.Module]) -> None:
-    """One layer, piecewise linear activation, loss 1/(2M) sum |e|^2, SGD, M = 1: the rate is 1 / (1 + |x|^2)."""
+    """One layer, a piecewise linear activation, the loss 1/(2M) sum |e|^2, SGD, M = 1: the rate is 1 / (1 + |x|^2)."""
     model = nn.Sequential(nn.Linear(5, 1), activation())
     nn.init.constant_(model[0].bias, 3.0)  # inside the first linear piece
     x, y = 0.3 * torch.randn(1, 5), torch.zeros(1, 1)
@@ -58,7 +56,7 @@ def test_closed_form_of_one_layer(arguments: dict[str, Any], activation: type[nn
     rate = 1 / (1 + x.square().sum().item())
     assert scheduler.get_last_lr() == [pytest.approx(rate, rel=1e-6)]
     optimizer.step()
-    assert half_mean_square(model(x), y).item() == pytest.approx(0, abs=1e-9), "a quadratic is solved in one step"
+    assert half_mean_square(model(x), y).item() == pytest.approx(0, abs=1e-9), "one step must solve a quadratic"
 
 
 @pytest.mark.usefixtures("float64")
@@ -95,7 +93,7 @@ def test_training_equals_the_reference(training: bool) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_gauss_newton_is_the_curvature_of_the_linearised_model() -> None:
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    model = perceptron(5, 7, 3)
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=1e-3)
     scheduler = gen.GenScheduler(optimizer, model, F.cross_entropy, curvature="gauss-newton", lr_max=100)
     x, y = torch.randn(8, 5), torch.randint(0, 3, (8,))
@@ -132,14 +130,11 @@ def test_given_loss_saves_a_pass_and_changes_nothing() -> None:
     for give in (False, True):
         torch.manual_seed(0)
         scheduler, x, y = linear_problem(curvature="forward")
-        count: list[int] = []
-        scheduler.model.register_forward_hook(lambda *_, count=count: count.append(1))
         scheduler.optimizer.zero_grad()
         loss = half_mean_square(scheduler.model(x), y)
         loss.backward()
-        count.clear()
-        scheduler.step(x, y, loss=loss if give else None)
-        passes.append(len(count))
+        given = loss if give else None
+        passes.append(forward_passes(scheduler.model, lambda: scheduler.step(x, y, loss=given)))  # noqa: B023
         results.append(scheduler.last)
     assert passes == [3, 2]
     assert results[0][:4] == pytest.approx(results[1][:4])
@@ -182,12 +177,9 @@ def test_an_update_leaves_weights_buffers_and_random_state(arguments: dict[str, 
     scheduler = gen.GenScheduler(optimizer, model, F.mse_loss, **arguments)
     x, y = torch.randn(8, 5), torch.randn(8, 3)
     backward(scheduler, x, y)
-    before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()], torch.get_rng_state()
+    before = snapshot(model)
     scheduler.step(x, y)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[0][key]), key
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before[1], strict=True))
-    assert torch.equal(torch.get_rng_state(), before[2])
+    assert_unchanged(before, snapshot(model))
     assert model.training
 
 
@@ -195,7 +187,7 @@ def test_an_update_leaves_weights_buffers_and_random_state(arguments: dict[str, 
 def test_an_error_in_the_loss_leaves_everything_too(arguments: dict[str, Any]) -> None:
     scheduler, x, y = linear_problem(**arguments)
     backward(scheduler, x, y)
-    before = copy.deepcopy(scheduler.model.state_dict())
+    before = snapshot(scheduler.model)
 
     def fails(output: Tensor, target: Tensor) -> Tensor:
         raise OSError("disk")
@@ -203,7 +195,7 @@ def test_an_error_in_the_loss_leaves_everything_too(arguments: dict[str, Any]) -
     scheduler.criterion = fails
     with pytest.raises(OSError, match="disk"):
         scheduler.step(x, y)
-    assert all(torch.equal(v, before[k]) for k, v in scheduler.model.state_dict().items())
+    assert_unchanged(before, snapshot(scheduler.model))
 
 
 def test_user_rates_and_their_ratios_are_respected() -> None:
@@ -296,7 +288,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(arguments: dict[str, Any]
         assert all(torch.equal(old[k], new[k]) for k in old)
     backward(scheduler, x, y)
     scheduler.step(x, y)
-    assert scheduler.last.accepted, "training goes on"
+    assert scheduler.last.accepted, "training must continue"
 
 
 def test_a_probe_that_overflows_keeps_the_rate_and_takes_the_step() -> None:
@@ -329,16 +321,12 @@ def test_probes_grow_until_they_rise_above_rounding() -> None:
 
 def test_between_updates_nothing_happens() -> None:
     scheduler, x, y = linear_problem(update_every=3)
-    count: list[int] = []
-    scheduler.model.register_forward_hook(lambda *_: count.append(1))
     measured = []
     for _ in range(7):
         backward(scheduler, x, y)
-        count.clear()
-        scheduler.step(x, y)
-        measured.append(len(count))
+        measured.append(forward_passes(scheduler.model, lambda: scheduler.step(x, y)))
         held = scheduler.optimizer.direction is not None
-        assert held == bool(count), "between updates the optimizer takes its own step"
+        assert held == bool(measured[-1]), "a direction must be held only after an update"
         scheduler.optimizer.step()
     assert measured == [1, 0, 0, 1, 0, 0, 1]
     assert scheduler.last_epoch == 7

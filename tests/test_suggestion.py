@@ -1,11 +1,10 @@
-"""What rate? One call before training: the parabola against the true line, on any ranks, changing nothing."""
+"""`suggest_lr`, one call before training: its numbers are those of the true line, on ranks too. It changes nothing."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +16,11 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from effects import assert_unchanged, local_snapshot, snapshot
+from problems import OfDict, criterion, data, new_model, noisy_regression, parallel, perceptron, slice_here
+from programs import ENVIRONMENT, torchrun
 from rank_pool import Pool
-from test_analysis import OfDict, assert_unchanged, local_snapshot, problem, snapshot
-from test_distributed import criterion, data, new_model, parallel, slice_here
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
 from gen_dist.suggest import Suggestion
@@ -33,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def small() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(8, 4), torch.randn(8, 2)
+    return perceptron(4, 6, 2), torch.randn(8, 4), torch.randn(8, 2)
 
 
 def direction(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -96,7 +94,7 @@ def test_numbers_are_those_of_the_true_line(optimizer_class: Any, held_out: bool
 
 @pytest.mark.parametrize("state", ["plain", "stepped", "direction held"])
 def test_nothing_is_changed(state: str) -> None:
-    model, x, y = problem()
+    model, x, y = noisy_regression()
     model.requires_grad_()
     frozen = next(model.parameters()).requires_grad_(False)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.3))
@@ -139,7 +137,7 @@ def test_every_form_of_a_batch(form: str) -> None:
 
 
 def along(function: Callable[[Tensor], Tensor], **options: Any) -> Suggestion:
-    """Of a loss of one weight, which is 1, by plain gradients."""
+    """The suggestion for a loss of one weight, which is 1, and plain gradient descent."""
     weight = nn.Parameter(torch.tensor([1.0]))
     model = nn.Module()
     model.weight = weight
@@ -260,15 +258,9 @@ def test_it_says_what_it_found() -> None:
 def on_ranks(kind: str, slices: str) -> tuple[bool, Suggestion]:
     (x, y), held_out = data()[0], data()[1]
     here = slice_here(slices)
-    inner = new_model()
-    if kind == "fsdp1":
-        model: nn.Module = FullyShardedDataParallel(inner, use_orig_params=True, device_id=torch.device("cpu"))
-    elif kind == "buckets":
-        model = DistributedDataParallel(inner, gradient_as_bucket_view=True)
-    else:
-        model = parallel(inner, kind)
+    model = parallel(new_model(), kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    if kind in ("replica", "buckets"):  # gradients are there already, in DDP's own buckets
+    if kind in ("replica", "ddp bucket views"):  # gradients are there already, in DDP's own buckets
         criterion(model(x[:1]), y[:1]).backward()
     before = local_snapshot(model, optimizer)
     seen = gen.suggest_lr(
@@ -286,7 +278,7 @@ def on_ranks(kind: str, slices: str) -> tuple[bool, Suggestion]:
 
 
 @pytest.mark.parametrize("slices", ["equal", "unequal"])
-@pytest.mark.parametrize("kind", ["replica", "ddp", "buckets", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("kind", ["replica", "ddp", "ddp bucket views", "fsdp2", "fsdp1"])
 def test_two_ranks_say_what_one_process_does(pool: Callable[[int], Pool], kind: str, slices: str) -> None:
     torch.set_default_dtype(torch.float32)  # as on the ranks
     model = new_model()
@@ -368,9 +360,8 @@ def test_the_command_prints_and_draws(factories: Path, capsys: pytest.CaptureFix
     assert (found["rate"], found["lr_max"]) == (1e-4, 1e-4)
 
 
-def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     suggest.main(["factory:digits", "--json"])
     assert 1e-3 < json.loads(capsys.readouterr().out)["rate"] < 3e-2
 
@@ -397,11 +388,10 @@ def test_under_torchrun_rank_0_prints_what_one_process_says(
 ) -> None:
     suggest.main(["factories:named", "--json"])
     alone = json.loads(capsys.readouterr().out)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, "-m", "gen_dist.suggest", "factories:named", "--json"],
+        [*torchrun(2), "-m", "gen_dist.suggest", "factories:named", "--json"],
         cwd=factories,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(gen.__file__).parents[1])},
+        env=ENVIRONMENT | {"PYTHONPATH": str(Path(gen.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=100,

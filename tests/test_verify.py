@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from problems import KINDS, criterion, data, new_model, parallel, slice_here, whole
 from rank_pool import Pool
-from test_distributed import KINDS, criterion, data, new_model, parallel, slice_here, whole
 from torch import Tensor, nn
 
 import gen_dist as gen

@@ -1,11 +1,11 @@
-"""What `exact` needs on an FSDP2 model: peak extra memory of an update, beside the model's size, on every rank.
+"""The memory of `exact` on an FSDP2 model: the extra peak of an update, and the size of the model, on every rank.
 
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/fsdp2_memory.py [--width 512 --depth 8]
 
-Finding the direction needs two shards for a moment, and holds one. On top of that, while a block runs, `exact` needs
-that block's weights (as any forward pass does) and its direction, whole, and the jets of its activations; and, from
-the second update on, the direction of the next block on its way. Never the whole model, and no graph. Activations are
-small here: a batch of one. gloo copies what it gathers once more.
+To find the direction, an update needs two shards for a moment, and keeps one. While a block runs, `exact` also needs
+the whole weights of that block (like any forward pass), its whole direction, and the jets of its activations. From the
+second update on, it gathers the direction of the next block at the same time. It never needs the whole model, and it
+keeps no graph. Activations are small here, since the batch has one sample. gloo makes another copy of what it gathers.
 """
 
 from __future__ import annotations

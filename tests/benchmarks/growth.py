@@ -1,11 +1,11 @@
-"""How the cost of an update grows with parameters, batch, ranks and `update_every`, beside that of training itself.
+"""How the cost of an update grows with parameters, batch, ranks and `update_every`, compared with that of training.
 
     python tests/benchmarks/growth.py [--sweeps parameters batch update_every ranks] [--largest 1e8]
 
-Each row is a perceptron of four square layers, trained with AdamW. Times are of the processor, of one rank: with more
-ranks than cores the clock on the wall says nothing. All methods of a row take turns; each turn gives one ratio, and
-medians are reported with quartiles. Under each sweep stands how the plain iteration and what an update adds to it
-grow: the exponent `b` of a fit `c n^b`. What an update adds must not grow faster.
+Each row trains a perceptron of four square layers with AdamW. Times are processor times of one rank, because with more
+ranks than cores the wall clock says nothing. All methods of a row take turns. Each turn gives one ratio, and the
+program prints medians with quartiles. After each sweep it prints how the plain iteration and the cost of an update
+grow: the exponent `b` of a fit `c n^b`. The cost of an update must not grow faster than the plain iteration.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def iteration(parameters: int, batch: int, kind: str, method: str, update_every:
 
 
 def times(parameters: int, batch: int, kind: str, update_every: int, rounds: int) -> Times:
-    """Seconds of an iteration of each method, a number a round."""
+    """The seconds of an iteration of each method, one number for each round."""
     iterations = {m: iteration(parameters, batch, kind, m, update_every) for m in ("plain", *METHODS)}
     for each in iterations.values():
         seconds(each, update_every)
@@ -63,7 +63,7 @@ def times(parameters: int, batch: int, kind: str, update_every: int, rounds: int
 
 
 def on_ranks(ranks: int, kind: str, parameters: int, batch: int, rounds: int) -> Times:
-    """The same on ranks of their own processes; in each round, that of the rank that worked most."""
+    """The same on several ranks; each round counts the time of the rank that worked most."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, kind, parameters, batch, rounds)
         mp.start_processes(_rank, arguments, nprocs=ranks, start_method="spawn")
@@ -80,7 +80,7 @@ def _rank(rank: int, ranks: int, folder: str, kind: str, parameters: int, batch:
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """`b` of the least-squares fit `c n^b`."""
+    """The exponent `b` of the least-squares fit `c n^b`."""
     x, y = [math.log(n) for n in sizes], [math.log(max(v, 1e-9)) for v in values]
     return statistics.linear_regression(x, y).slope
 

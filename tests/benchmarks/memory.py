@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, counted at PyTorch's allocators."""
+"""The peak memory of a piece of work, counted by PyTorch's allocators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(work: Callable[[], object]) -> int:
-    """Bytes that `work()` needs at its peak beyond what was held before it, on the GPU where there is one."""
+    """The bytes that `work()` allocates at its peak, on the GPU if there is one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -22,7 +22,7 @@ def peak_memory(work: Callable[[], object]) -> int:
 
 
 def allocations(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes in the CPU's memory beyond what was held before `work()`: at its peak, and held after it."""
+    """The bytes of CPU memory that `work()` allocates: at its peak, and still held after it."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()

@@ -1,7 +1,7 @@
 """Other packages that find `d'Hd` or a learning rate, as training iterations for update_cost.py.
 
-Each is an optional extra (pip install "gen_dist[benchmarks]"). A package that gives `d'Hd` must give the value of
-double backward here, or is left out: the time of another number says nothing.
+Each is optional (pip install "gen_dist[benchmarks]"). A package that gives `d'Hd` must give the value of double
+backward. Otherwise it is left out, because the time for another number says nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TOLERANCE = 1e-3  # in float32
 
 
 class Unable(Exception):
-    """A package that does not do what is compared; says why."""
+    """A package cannot do what is compared; the message says why."""
 
 
 def double_backward(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Product:
-    """PyTorch alone, what all are held to."""
+    """With PyTorch alone. All packages are compared with this product."""
     parameters = [*model.parameters()]
 
     def product(d: list[Tensor]) -> list[Tensor]:
@@ -94,7 +94,7 @@ PEERS = [*PRODUCTS, "gen-optim"]
 
 
 def iteration(peer: str, model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """An iteration of AdamW with this package's number. Raises `ImportError`, or `Unable` for a wrong value."""
+    """An iteration of AdamW with this package's number. Raises `ImportError`, or `Unable` if the number is wrong."""
     if peer == "gen-optim":
         return gen_optim(model, criterion, x, y)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4)

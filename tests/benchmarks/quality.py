@@ -1,19 +1,20 @@
-"""How well a model trains: methods that choose a learning rate, from equal weights and equal batches.
+"""How well models train with different methods to choose a learning rate, from equal weights and on equal batches.
 
     python tests/benchmarks/quality.py run --data-dir data [--tasks cnn gpt] [--methods 'adamw-*' autogen] [--seeds 1 2]
     python tests/benchmarks/quality.py summary
     python tests/benchmarks/quality.py methods [--tasks sentences]
     python tests/benchmarks/quality.py ranks --tasks mlp --ranks 2 4 --data-dir data
 
-A run is one task, method, seed and length, and appends one JSON line to `--results`; what stands there already is not
-run again, so a benchmark can be stopped and go on. `--part 1/2` and `--part 2/2` share the runs between two processes.
-`--length 4` is four times as many steps, `--steps 10000` exactly as many; a summary is of one length. Methods are
-designed on seeds 0, 10, 11, 20 and 21, and reported on others.
+A run is one task, method, seed and length, and appends one JSON line to `--results`. Runs whose line is there already
+are not repeated, so you can stop a benchmark and continue it later. `--part 1/2` and `--part 2/2` share the runs
+between two processes. `--length 4` takes four times as many steps, and `--steps 10000` takes that number of steps. A
+summary is of one length. Methods were designed on seeds 0, 10, 11, 20 and 21, so results are reported on other seeds.
 
 `ranks` compares AutoGen's curves on several ranks with those of one process.
 
-The tasks stand in quality_tasks.py and the methods in quality_methods.py. Rivals, and the weights of the task
-`sentences`, need pip install "gen_dist[benchmarks]"; what is not installed is left out, and so are tasks without data.
+quality_tasks.py has the tasks and quality_methods.py the methods. Other methods, and the weights of the task
+`sentences`, need pip install "gen_dist[benchmarks]". Methods that are not installed and tasks without data are left
+out.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RUNS = Path("runs")
 
 
 class Run(NamedTuple):
-    """What identifies a run among the results."""
+    """What identifies a run in the results."""
 
     task: str
     method: str
@@ -51,7 +52,7 @@ class Run(NamedTuple):
 
 
 def perform(run: Run, directory: Path) -> dict[str, Any]:
-    """Train and measure. `seconds` is the time of this process's CPU in training, without time for other readings."""
+    """Train and measure. `seconds` is the CPU time of training in this process, without the time of other readings."""
     task = TASKS[run.task]
     examples = load(task.data, directory)
     steps = round(task.steps * run.length)
@@ -82,12 +83,12 @@ def readings(training: Training, run: Run, examples: Dataset) -> dict[str, dict[
 
 
 def finite(value: float) -> float | None:
-    """JSON has no word for infinity or not-a-number."""
+    """Replace infinity and NaN, for which JSON has no word."""
     return value if math.isfinite(value) else None
 
 
 def chosen(lengths: dict[str, float], patterns: list[str], seeds: list[int]) -> Iterator[Run]:
-    """The runs asked for, seed by seed and task by task; `lengths` are those of the tasks."""
+    """The requested runs, seed by seed and task by task; `lengths` are those of the tasks."""
     for seed in seeds:
         for task, length in lengths.items():
             for method in methods_of(task, patterns):
@@ -104,7 +105,7 @@ def recorded(results: Path) -> list[dict[str, Any]]:
 
 
 def run_missing(runs: list[Run], results: Path, directory: Path) -> None:
-    """Perform the runs that the results lack, one line each."""
+    """Perform the runs that are missing in the results, and append a line for each."""
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {Run(*(record[key] for key in Run._fields)) for record in recorded(results)}
     missing = [run for run in runs if run not in done]
@@ -175,7 +176,7 @@ def length_of(task: str, options: argparse.Namespace) -> float:
 
 
 def plot_path(options: argparse.Namespace) -> Path:
-    """Beside the results; for a length of its own, by a name of its own."""
+    """The path of the plot, next to the results; its name holds the length if that is not the usual one."""
     results: Path = options.results
     if options.steps:
         return results.with_name(f"{results.stem}-{options.steps}-steps.png")

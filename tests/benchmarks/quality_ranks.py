@@ -1,4 +1,4 @@
-"""AutoGen on several ranks: the curves of one process on the whole batches, up to rounding."""
+"""AutoGen on several ranks gives the curves of one process on the whole batches, up to rounding."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Curves = dict[str, Tensor]  # rate and loss of every step, in float64
 
 
 def compare(name: str, ranks: list[int], steps: int, seed: int, directory: Path) -> str:
-    """Train with equal global batches in one process and on each number of ranks; say how far the curves differ.
+    """Train with equal global batches in one process and on each number of ranks; print how far the curves differ.
 
-    In float64, so that what is left of a difference is rounding.
+    Training is in float64, so that any difference is rounding.
     """
     task = TASKS[name]
     dataset = load(task.data, directory)
@@ -40,7 +40,7 @@ def compare(name: str, ranks: list[int], steps: int, seed: int, directory: Path)
 
 
 def unequal_by_nature(model: nn.Module) -> str | None:
-    """What makes a rank's loss another function than that of the whole batch."""
+    """Why the loss of a rank is not the loss of the whole batch, restricted to its slice."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return "batch norm, over a rank's own slice,"
@@ -54,7 +54,7 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def on_ranks(size: int, *arguments: Any) -> Curves:
-    """The curves from `size` processes in one gloo group, each training on its slice of every batch."""
+    """The curves of `size` processes in one gloo group, each of which trains on its slice of every batch."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (size, Path(folder), *arguments), nprocs=size)
         return torch.load(Path(folder) / "curves.pt")
@@ -70,7 +70,7 @@ def run_rank(rank: int, size: int, folder: Path, *arguments: Any) -> None:
 
 
 def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: Path) -> Curves:
-    """Rate and loss of every step, the loss as the mean over ranks, which all of them know."""
+    """The rate of every step and its loss, averaged over the ranks."""
     task = TASKS[name]
     dataset = in_float64(load(task.data, directory))
     model = task.new_model(dataset, seed).double()
@@ -94,6 +94,6 @@ def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: P
 
 
 def in_float64(dataset: Dataset) -> Dataset:
-    """Images; tokens stay as they are."""
+    """Convert images; tokens stay as they are."""
     train, test = (x.double() if x.is_floating_point() else x for x in (dataset.train_x, dataset.test_x))
     return Dataset(train, dataset.train_y, test, dataset.test_y, dataset.classes)

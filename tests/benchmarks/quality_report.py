@@ -1,7 +1,8 @@
 """The results of the quality benchmark as a table and a plot.
 
-The gap of a method on a task is its final train loss over that of the oracle: AdamW with a linear decay to zero at the
-horizon, at the best rate of the grid. It knows the horizon and was tuned; other rows of the grid can be better still.
+The gap of a method on a task is its final train loss divided by that of the oracle: AdamW with a linear decay to zero
+at the horizon, at the best rate of the grid. The oracle knows the horizon and was tuned. Other rows of the grid can
+still be better.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def group(pattern: str) -> list[str]:
 
 
 def rows() -> list[Row]:
-    """What stands in the table: the tuned rows are the best of their grid on each task."""
+    """A row of the table; a tuned row is the best of its grid on each task."""
     found: list[Row] = []
     for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
         for decay in ("constant", "linear", "cosine"):
@@ -48,7 +49,7 @@ def rows() -> list[Row]:
 
 
 class Results:
-    """Losses by task, method and reading, each the mean over the seeds; those with a seed missing do not count."""
+    """The losses by task, method and reading, averaged over the seeds; without those that lack a seed."""
 
     def __init__(self, records: list[Record], seeds: list[int], quantity: str = "train_loss") -> None:
         values: dict[tuple[str, str, str], dict[int, float]] = {}
@@ -61,7 +62,7 @@ class Results:
         self.tasks = [task for task in TASKS if any(key[0] == task for key in self.means)]
 
     def best(self, task: str, methods: Iterable[str], reading: str) -> tuple[float, str]:
-        """The smallest value and the method it comes from; infinity if none of them was run."""
+        """The smallest value and its method; infinity if no method was run."""
         found = [(self.means[task, m, reading], m) for m in methods if (task, m, reading) in self.means]
         return min(found, default=(math.inf, ""))
 
@@ -73,13 +74,13 @@ class Results:
         return self.best(task, group("adamw-linear-.*"), LAST)
 
     def gap(self, task: str, row: Row) -> float | None:
-        """The row's loss over the oracle's; None where it was not run."""
+        """The loss of the row divided by that of the oracle; None if it was not run."""
         (loss, method), (oracle, _) = self.best(task, *row[1:]), self.oracle(task)
         return loss / oracle if method and math.isfinite(oracle) else None
 
 
 def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None:
-    """The median over the row's runs: unlike the smallest, it does not favour rows of many runs."""
+    """The median over the runs of the row, which does not favour rows with many runs, as the minimum does."""
     _, methods, reading = row
     runs = [r for r in records if r["task"] == task and r["method"] in methods and reading in r["readings"]]
     extra = reading == AVERAGED
@@ -88,7 +89,7 @@ def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None
 
 
 def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
-    """Time of a step as a multiple of AdamW's at a constant rate, the mean over tasks."""
+    """The time of a step as a multiple of that of AdamW at a constant rate, averaged over the tasks."""
     plain: Row = ("", group("adamw-constant-.*"), LAST)
     pairs = [(seconds_per_step(records, row, task), seconds_per_step(records, plain, task)) for task in tasks]
     ratios = [took / base for took, base in pairs if took is not None and base is not None]
@@ -96,7 +97,7 @@ def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
 
 
 def table(records: list[Record], seeds: list[int]) -> str:
-    """Markdown: final train loss, the gap, the test loss and the accuracy of the test set; records of one length."""
+    """A Markdown table of final train loss, gap, test loss and test accuracy, from records of one length."""
     train = Results(records, seeds)
     if not train.tasks:
         return f"no results of seeds {seeds}"
@@ -140,7 +141,7 @@ def tested(records: list[Record], seeds: list[int], train: Results, row: Row) ->
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three decimals, and more for losses near zero."""
+    """Format a loss with three decimals, or with more if it is near zero."""
     if value is None:
         return ""
     return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.05 else f"{value:.2g}"
@@ -163,7 +164,7 @@ LOOKS = dict(zip(TASKS, zip(COLORS, "osD^vP", strict=True), strict=True))
 
 
 def draw(records: list[Record], seeds: list[int], path: Path) -> str:
-    """Gap by task and method on the left, the rate of AutoGen over time on the right."""
+    """Draw the gap by task and method on the left, and the rate of AutoGen over time on the right."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -180,7 +181,7 @@ def draw(records: list[Record], seeds: list[int], path: Path) -> str:
 
 
 def draw_gaps(axes: Any, results: Results) -> None:
-    """Of what averages its weights, the average alone."""
+    """Keep only the averages of methods that average their weights."""
     averaged = {row[1][0] for row in results.shown() if row[2] == AVERAGED and row[0] in UNTUNED_METHODS}
     shown = [row for row in results.shown() if row[2] == AVERAGED or row[1][0] not in averaged][::-1]
     for task in results.tasks:

@@ -1,4 +1,4 @@
-"""What the methods of the quality benchmark are compared on: models, data, and how a result is measured."""
+"""The tasks of the quality benchmark: models, data, and how a result is measured."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def conv_net() -> nn.Module:
-    """The usual one for images of 28 x 28: two convolutions, two linear layers."""
+    """The usual network for images of 28 x 28: two convolutions and two linear layers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -52,16 +52,16 @@ def dropout_mlp() -> nn.Module:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over examples, and over the positions of a text. Labels run over all dimensions but the last."""
+    """The mean over examples and, for text, over positions. The last dimension of the logits is the classes."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training problem. `sgd` says that SGD with momentum is its optimizer, for GeN too, in place of AdamW.
+    """A training problem. With `sgd`, its optimizer is SGD with momentum instead of AdamW, also for GeN.
 
-    `sample` is the number of training examples, and at most of test examples, that a result is measured on.
-    `adamw_rates` are those that AdamW is tuned over: the best should lie inside.
+    `sample` is the number of training examples that a result is measured on, and the largest number of test examples.
+    `adamw_rates` are the rates that AdamW is tuned over. The best should not be at an end.
     """
 
     title: str
@@ -78,12 +78,12 @@ class Task:
         return make(model.parameters(), lr=rate)
 
     def new_model(self, dataset: Dataset, seed: int) -> nn.Module:
-        """The same weights for the same seed. It also leaves the random numbers of dropout at the same place."""
+        """The model with the weights of this seed, which also fixes the random numbers of dropout."""
         torch.manual_seed(seed)
         return self.model(dataset.classes)
 
     def batches(self, dataset: Dataset, steps: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The same `steps` batches for the same seed, epoch after epoch; of each, this rank's slice."""
+        """This rank's slices of `steps` batches, epoch after epoch, which are the same for the same seed."""
         epochs = (training_batches(dataset, self.batch_size, e, seed=seed, rank=rank, ranks=ranks) for e in count())
         return islice((batch for epoch in epochs for batch in epoch), steps)
 
@@ -103,13 +103,13 @@ TASKS = {
 
 @cache
 def load(name: str, directory: Path) -> Dataset:
-    """The data set of that name. Raises `MissingDataError`, which says what to type, where it is not to be had."""
+    """The data set of that name. Raises `MissingDataError`, which says what to type, if it is missing."""
     return data.load(name, directory)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How good weights are: mean losses over fixed samples in eval mode, and the share of right answers in the test."""
+    """The quality of weights: mean losses over fixed samples in eval mode, and the share of correct test answers."""
 
     train_loss: float
     test_loss: float
@@ -117,7 +117,7 @@ class Reading:
 
 
 def measured(task: Task, dataset: Dataset, state: State) -> Reading:
-    """The quality of these weights. Statistics of batch norms are made anew from training data, whatever the method."""
+    """The quality of these weights. Statistics of batch norms come from training data, for every method."""
     model = task.model(dataset.classes)
     model.load_state_dict(state)
     train_x, train_y = sampled(dataset.train_x, dataset.train_y, task.sample)
@@ -134,7 +134,7 @@ def sampled(x: Tensor, y: Tensor, size: int) -> Batch:
 
 @torch.no_grad()
 def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean loss and share of right answers."""
+    """The mean loss and the share of correct answers."""
     model.eval()
     loss = right = 0.0
     for inputs, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):

@@ -1,4 +1,4 @@
-"""What an update costs on many GPUs, from bytes, flops and link speeds; and the same formulas held to a small run.
+"""What an update costs on many GPUs, from bytes, flops and link speeds, and a small run to check the formulas.
 
     python tests/benchmarks/scaling.py                                             # the tables of launch/scaling.md
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --check   # predicted and measured, here
@@ -28,7 +28,7 @@ from update_cost import ESTIMATORS, keep_freed_memory, token_cross_entropy, trai
 
 
 class Machine(NamedTuple):
-    """One rank's: flops a second, bytes a second of memory and of the link, seconds a message takes."""
+    """What one rank can do: flops, bytes of memory and bytes of the link in a second, and the seconds of a message."""
 
     flops: float
     memory: float
@@ -38,7 +38,7 @@ class Machine(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A transformer under FSDP2, each block a unit, gathered again for the backward pass."""
+    """A transformer under FSDP2. Each block is a unit and is gathered again for the backward pass."""
 
     parameters: float
     layers: int
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
 
 def predicted(machine: Machine, job: Job) -> dict[str, float]:
-    """Seconds of a plain iteration, and what an update adds to it."""
+    """The seconds of a plain iteration, and the seconds that an update adds to it."""
 
     def together(compute: float, communication: float) -> float:
         return max(compute, communication) if machine.overlaps else compute + communication
@@ -92,7 +92,7 @@ def tables() -> None:
 
 
 def median_seconds(work: Callable[[], object], repeats: int = 15) -> float:
-    """Of the processor; the ranks begin together."""
+    """The processor time of the work; the ranks begin together."""
     took = []
     for _ in range(repeats):
         dist.barrier()
@@ -103,7 +103,7 @@ def median_seconds(work: Callable[[], object], repeats: int = 15) -> float:
 
 
 def machine_here(job: Job) -> Machine:
-    """What this rank does in a second, measured on pieces of the size that the job has."""
+    """What this rank does in a second, measured on pieces of the size that the job uses."""
     x, w = torch.randn(job.tokens, job.width), torch.randn(job.width, 4 * job.width)
     flops = 2 * x.numel() * w.size(1) / median_seconds(lambda: x @ w)
     block = torch.randn(12 * job.width**2 // job.ranks)

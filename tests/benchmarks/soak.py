@@ -1,10 +1,11 @@
-"""A long run with random faults: memory, descriptors and processes must not grow, and ranks must never differ.
+"""A long run with random faults. Memory, descriptors and processes must not grow, and ranks must never differ.
 
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/soak.py [--steps 20000 --minutes 10 --seed 0]
 
-Tiny models train in turn, as plain replicas and in DDP, by `GenScheduler` and `AutoGen`. Every fifth step or so has a
-fault, drawn alike on all ranks, that hits one of them (an interrupt hits all). At every hundredth step the rates of all
-ranks since are compared, and all that they hold by `check_in_sync`. Exit code 1 if a number at the end says so.
+Tiny models train in turn, as plain replicas and in DDP, with `GenScheduler` and `AutoGen`. About every fifth step has a
+fault, which all ranks draw together and which hits one of them (an interrupt hits all). At every hundredth step the
+program compares the rates of all ranks, and calls `check_in_sync`. It exits with 1 if memory, descriptors or processes
+have grown, or if ranks differ.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 class Footprint(NamedTuple):
-    """What this process takes up."""
+    """The resources that this process uses."""
 
     mib: float
     descriptors: int
@@ -62,7 +63,7 @@ class Footprint(NamedTuple):
 
 
 class Training:
-    """A classifier in training, each rank on data of its own."""
+    """A classifier in training, on other data on each rank."""
 
     def __init__(self, make: Any, ddp: bool, **options: Any) -> None:
         torch.manual_seed(0)
@@ -78,7 +79,7 @@ class Training:
         self.happened: Counter[str] = Counter()
 
     def step(self, fault: str | None) -> None:
-        """A step with a fault on this rank, or with none."""
+        """Take a step, with or without a fault on this rank."""
         x = torch.randn(8, 4, generator=self.data)
         y = x[:, :3].argmax(1)
         self.optimizer.zero_grad()
@@ -145,7 +146,7 @@ def largest_of_ranks(number: float) -> float:
 
 
 def soak(steps: int, minutes: float, seed: int) -> int:
-    """Run, print a report on rank 0, and return the exit code, the same on all ranks."""
+    """Run, print a report on rank 0, and return the exit code, which is the same on all ranks."""
     chance = random.Random(seed)  # drawn from alike on all ranks
     rank, ranks = dist.get_rank(), dist.get_world_size()
     runs = trainings()

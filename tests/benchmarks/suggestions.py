@@ -1,9 +1,9 @@
-"""What `suggest_lr` says before training, beside the best rate of a grid: AdamW, or SGD, with linear decay.
+"""What `suggest_lr` says before training, compared with the best rate of a grid: AdamW or SGD with linear decay.
 
     python tests/benchmarks/quality.py run --methods 'adamw-linear-*' 'sgd-linear-*' --data-dir data --seeds 1 2
     python tests/benchmarks/suggestions.py --data-dir data
 
-The grid's rates are a factor of 3 apart, so a factor below 2 is as close as can be seen.
+Neighbouring rates of the grid differ by a factor of 3, so no factor below 2 can be resolved.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rows(name: str, directory: Path, seeds: list[int], best: float | None) -> No
 
 
 def best_rate(name: str, results: list[Path]) -> float | None:
-    """The rate with the smallest mean training loss, None without results."""
+    """The rate with the smallest mean training loss; None if there are no results."""
     losses: defaultdict[float, list[float]] = defaultdict(list)
     prefix = "sgd-linear-" if TASKS[name].sgd else "adamw-linear-"
     for path in results:
