@@ -88,7 +88,7 @@ class GenScheduler(LRScheduler):
         self.estimator = estimator(curvature, probes)
         self.rule: Rule = rule if rule is not None else Raw()
         self.group_rates = "diagonal" if group_rates and self.estimator.differences else group_rates
-        self.rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
+        self._rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
         self.companions = Companions([*([] if self.estimator.differences else [CrossCheck()]), *companions])
@@ -186,7 +186,7 @@ class GenScheduler(LRScheduler):
         numbers = self.companions.numbers(self.optimizer, line.direction)
         settings = f"{self._settings()}, {len(line.data.micro_batches)} micro-batch(es)"
         method = Method(self.estimator, max(self.state.probe, SMALLEST_PROBE), self.rule.needs_norms, settings)
-        measured, state = self.rates.measure(line, self.ranks, method, finite, numbers, self.state)
+        measured, state = self._rates.measure(line, self.ranks, method, finite, numbers, self.state)
         if not measured.parabola.gradients_finite:  # on another rank
             self._skip_step()
         return measured, state
@@ -194,14 +194,14 @@ class GenScheduler(LRScheduler):
     def _look(self, line: Line, measured: Measured, state: State) -> tuple[State, Update]:
         """Let the companions look, which may change the state; return the last state and the report. Collective."""
         factor = self.rule.factor(state.step)
-        line = replace(line, direction=line.direction.with_ratios(self.rates.ratios(self.optimizer, state)))
+        line = replace(line, direction=line.direction.with_ratios(self._rates.ratios(self.optimizer, state)))
         state, found = self.companions.look(Seen(line, self.ranks, measured, factor), state)
         return state, report(state.rate * factor, state.reason, measured.parabola, found)
 
     def _set_rates(self) -> None:
         rate = self.state.rate * self.rule.factor(self.state.step)
         least = self.lr_min if self.group_rates else 0.0
-        ratios = self.rates.ratios(self.optimizer, self.state)
+        ratios = self._rates.ratios(self.optimizer, self.state)
         for group, ratio in zip(self.optimizer.param_groups, ratios, strict=True):
             set_rate(group, max(rate * ratio, least))
 
@@ -210,7 +210,7 @@ class GenScheduler(LRScheduler):
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
-        self.state = self.rates.adopt(self.optimizer, self.state)
+        self.state = self._rates.adopt(self.optimizer, self.state)
 
     def _clamp(self) -> Clamp:
         return Clamp(self.lr_min, self.lr_max)

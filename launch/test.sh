@@ -14,4 +14,4 @@ say "ruff and mypy (under a minute)"
 "${run[@]}" mypy gen_dist examples
 
 say "pytest on 2 processes (under five minutes)"
-"${run[@]}" pytest -n 2 --dist loadgroup "$@"
+"${run[@]}" pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -275,3 +275,51 @@ def test_standard_errors_come_from_how_the_slices_differ(pool: Callable[[int], P
     for seen in pool(4).run(errors, kind):
         assert seen == pytest.approx(expected, rel=1e-8)
     assert pool(1).run(errors, kind) == [(None, None)]
+
+
+# ------------------------------------------------------------------------------------------- starts and clamps
+
+
+def from_zero_weights(lr: float) -> tuple[list[float], list[str], float, float]:
+    """Rates, reasons, and the first and the last loss of logistic regression that starts at zero weights."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 3).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=lr)
+    scheduler = gen.AutoGen(optimizer, model, F.cross_entropy)
+    x = torch.randn(64, 6).double()
+    y = (x @ torch.randn(6, 3).double()).argmax(1)
+    rates, reasons, losses = [], [], []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        scheduler.step(x, y)
+        optimizer.step()
+        rates += scheduler.get_last_lr()
+        losses.append(loss.item())
+        assert scheduler.last is not None
+        reasons.append(scheduler.last.reason)
+    return rates, reasons, losses[0], losses[-1]
+
+
+def test_weights_that_are_zero_train_whatever_the_initial_rate_was() -> None:
+    rates, reasons, first, last = from_zero_weights(1e-6)
+    assert from_zero_weights(10.0)[0] == rates
+    assert "not finite" not in reasons
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("lr", [0.3, 1e-9])
+def test_a_first_measurement_that_is_not_finite_keeps_the_rate_inside_the_clamp(lr: float) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=lr)
+    scheduler = gen.AutoGen(optimizer, model, F.mse_loss, lr_min=1e-3, lr_max=0.1)
+    x, y = torch.ones(4, 3), torch.zeros(4, 1)
+    F.mse_loss(model(x), y).backward()
+    x[0, 0] = torch.inf  # of the measurement alone: gradients are finite
+    scheduler.step(x, y)
+    assert scheduler.last is not None
+    assert scheduler.last.reason == "not finite"
+    assert optimizer.param_groups[0]["lr"] == scheduler.last.lr == min(max(lr, 1e-3), 0.1)

@@ -25,7 +25,6 @@ KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 2))
 KILLS = 2  # in each of them
 LIMIT = 100  # seconds for a run
 
-pytestmark = pytest.mark.xdist_group("elastic")  # one run serves several tests
 Halves = tuple[Path, list[tuple[Any, ...]]]
 
 MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every", "5"]  # 22 steps an epoch

@@ -31,9 +31,6 @@ NEEDS_MINILM = pytest.mark.skipif(
 )
 
 
-pytestmark = pytest.mark.xdist_group("examples")  # one run serves several tests
-
-
 def run(*arguments: str, ranks: int = 1, cwd: Path) -> subprocess.CompletedProcess[str]:
     if ranks == 1:
         return programs.run(TRAIN, *arguments, cwd=cwd)

@@ -23,7 +23,6 @@ from torch.distributed.fsdp import fully_shard
 
 import gen_dist as gen
 
-pytestmark = pytest.mark.xdist_group("fsdp failure")  # one job serves all tests
 TIMEOUT = 6.0  # seconds that a collective may take
 ERROR = "OSError: the disk of this host is full"
 

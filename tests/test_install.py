@@ -17,13 +17,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 NEEDED = ["pyproject.toml", "README.md", "LICENSE", "gen_dist"]
 
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("pip") is None or find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
-        reason="needs pip, and setuptools 77 or newer, which pyproject.toml names",
-    ),
-    pytest.mark.xdist_group("install"),  # one wheel serves both tests
-]
+pytestmark = pytest.mark.skipif(
+    find_spec("pip") is None or find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
+    reason="needs pip, and setuptools 77 or newer, which pyproject.toml names",
+)
 
 BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, 'build_' + sys.argv[1])(sys.argv[2]))"
 PROGRAM = """

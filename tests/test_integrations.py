@@ -40,11 +40,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 TRAINERS = [pytest.param(name, marks=needs(*packages)) for name, packages in PACKAGES.items()]
 IN_BFLOAT16 = [trainer for trainer in TRAINERS if "torchtitan" not in str(trainer.values[0])]
-pytestmark = [
-    pytest.mark.timeout(90),
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.xdist_group("integrations"),  # one process imports the trainers
-]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore")]
 Pools = Callable[[int], Pool]
 
 

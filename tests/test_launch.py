@@ -54,9 +54,6 @@ dist.destroy_process_group()
 """
 
 
-pytestmark = pytest.mark.xdist_group("launch")  # one run serves several tests
-
-
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small training program, in a folder of its own."""
