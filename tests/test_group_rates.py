@@ -227,6 +227,7 @@ def test_no_solution_without_descent_or_bend() -> None:
     assert solve(eye, torch.tensor([1.0, -1.0]).double()) is None
     assert solve(torch.zeros(2, 2).double(), torch.ones(2).double()) is None
     assert solve(torch.zeros(2, 2).double(), torch.zeros(2).double()) is None
+    assert solve(2 * eye, torch.tensor([1.0, 5e-324]).double()) is None, "a rate that rounds to zero"
     rates = solve(torch.diag(torch.tensor([2.0, 0.0]).double()), torch.tensor([1.0, 0.0]).double())
     assert rates is not None
     assert rates.tolist() == pytest.approx([0.5, 0.5]), "a group at rest keeps out of it"

@@ -178,3 +178,12 @@ def test_each_option_is_used_in_an_example_or_a_benchmark(option: str) -> None:
 
 def test_no_name_hides_a_module_of_the_standard_library() -> None:
     assert not {file.stem for file in FILES} & (set(sys.stdlib_module_names) - {"__init__", "__main__"})
+
+
+PAGES = [page for page in ROOT.parent.rglob("*.md") if not {".venv", "runs", "data"} & set(page.parts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT.parent)))
+def test_lines_of_pages_are_short(page: Path) -> None:
+    """But for rows of tables."""
+    assert not [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith("|")]

@@ -56,7 +56,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor | None:
             break
     else:
         found = b / bend
-    if not found.isfinite().all():
+    if not (found.isfinite() & (found > 0)).all():  # infinite, or so small that it rounds to zero
         return None
     rates = torch.full(moving.shape, float(found.mean()), dtype=found.dtype)
     rates[moving] = found
