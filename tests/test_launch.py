@@ -64,7 +64,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=cwd, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=100, check=False
     )
 
 
@@ -116,7 +116,7 @@ def test_preflight_tells_of_a_rank_with_other_settings() -> None:
     ranks = [
         start(sys.executable, *PREFLIGHT, **common, RANK=str(rank), OMP_NUM_THREADS=str(rank + 1)) for rank in range(2)
     ]
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    said = [rank.communicate(timeout=100)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "preflight: OMP_NUM_THREADS differs: 1 on rank 0; 2 on rank 1" in said[0]
     assert "preflight: FAILED, 2 ranks" in said[0]
@@ -176,7 +176,7 @@ def test_nothing_is_trained_where_ranks_differ(train: Path) -> None:
     for node in range(2):
         nodes.append(start("bash", str(LAUNCH / "multinode.sh"), str(train), str(node), **common, NODE_RANK=str(node)))
         time.sleep(1)  # torchrun numbers machines of one name in the order of its process ids
-    said = "".join(node.communicate(timeout=60)[0] for node in nodes)
+    said = "".join(node.communicate(timeout=100)[0] for node in nodes)
     assert all(node.returncode != 0 for node in nodes), said
     assert f"--settings differs: {train} 0 on rank 0; {train} 1 on rank 1" in said
     assert "of 2 at" not in said
@@ -189,7 +189,7 @@ def test_multinode_takes_its_numbers_from_kubeflow(train: Path) -> None:
     nodes = [
         start("bash", str(LAUNCH / "multinode.sh"), str(train), **common, PET_NODE_RANK=str(node)) for node in range(2)
     ]
-    said = "".join(node.communicate(timeout=60)[0] for node in nodes)
+    said = "".join(node.communicate(timeout=100)[0] for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert_trained(said, 2)
 
