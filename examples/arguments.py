@@ -113,7 +113,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the weights and of the order of the data (default: %(default)s)",
     )
-    add("--checkpoint", type=Path, metavar="DIR", help="folder to save the run in, and to go on from if it is there")
+    add("--checkpoint", type=Path, metavar="DIR", help="folder to save the run in, and to resume it from")
     add("--checkpoint-every", type=int, default=50, help="steps between two checkpoints (default: %(default)s)")
     add("--output", type=Path, help="folder of metrics.jsonl and training.png (default: runs/NAME)")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw training.png at the end")

@@ -1,6 +1,6 @@
 """Learning rates that need no tuning, for distributed training: the generalized Newton's method (GeN) for PyTorch.
 
-An optimizer that tells its direction, and a scheduler that measures the loss along it:
+An optimizer that returns its update direction, and a scheduler that measures the loss along it:
 
 >>> import torch
 >>> import gen_dist as gen
@@ -21,14 +21,17 @@ What to use:
 
     AutoGen                      for real training: no rate, no schedule, no horizon to choose
     ExactGen, ApproxGen          the method of the paper as it stands; GenScheduler has all options
-    make_gen_optimizer           an optimizer for them; as_gen_optimizer turns one that exists into it
+    Auto, Raw, Averaging         the rules behind them, and how AutoGen averages weights
+    Verification, GradientNoise  companions, which watch the updates; derive your own from Companion
+    make_gen_optimizer           makes an optimizer for them; as_gen_optimizer converts an existing one
     suggest_lr                   one call before training: what rate? As a command: python -m gen_dist.suggest --help
-    loss_per_learning_rate       the loss along the direction, to look at; second_order_approximation its parabola
+    loss_per_learning_rate       the loss along the direction; second_order_approximation is its parabola
     plots                        pictures of a run
     gen_dist.integrations        one module each for Accelerate, Lightning, torchtitan and transformers
+    python -m gen_dist.preflight checks that the ranks of a run fit together
 
-In one process, or under torchrun with plain replicas, DDP or FSDP: the script is the same. `scheduler.last` has what
-the last update saw and did. Warnings go to Python's logger "gen_dist"; nothing is printed.
+The script is the same in one process and under torchrun, with plain replicas, DDP or FSDP. `scheduler.last` holds what
+the last update saw and did. Warnings go to Python's logger "gen_dist"; the library prints nothing.
 
 Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", ICLR 2025, arXiv 2407.02772.
 """

@@ -70,17 +70,17 @@ class RecordedLine(NamedTuple):
 
 
 def loss_figure(records: "Records") -> "Figure":
-    """The training loss over the steps, and its running mean."""
+    """Draw the training loss over the steps, and its running mean."""
     return _one_panel(_draw_loss, _records(records))
 
 
 def rate_figure(records: "Records") -> "Figure":
-    """The learning rate over the steps, and what became of each update: accepted, clamped, shortened or declined."""
+    """Draw the learning rate over the steps, and how each update ended: accepted, clamped, shortened or declined."""
     return _one_panel(_draw_rate, _records(records))
 
 
 def line_figure(records: "Records | Iterable[RecordedLine]") -> "Figure":
-    """The loss along the direction against its parabola, for each `RecordedLine` or record with one as its `line`."""
+    """Draw the loss along the direction and its parabola, for each `RecordedLine` or record with one as its `line`."""
     lines = list(_each_line(_records(records) if isinstance(records, str | Path) else records))
     if not lines:
         raise ValueError("there is no line to draw: give gen_dist.plots.RecordedLine, or records with a 'line'")
@@ -93,9 +93,9 @@ def line_figure(records: "Records | Iterable[RecordedLine]") -> "Figure":
 
 
 def training_figure(records: "Records", lines: Iterable[RecordedLine] = ()) -> "Figure":
-    """A run at a glance: the loss and the learning rate over the steps, and the line against its parabola.
+    """Draw a run at a glance: loss and learning rate over the steps, and the loss along the direction.
 
-    `lines` are drawn, or those of the records that have one as their `line`.
+    Draws `lines`, or else the `line` of each record that has one.
     """
     records = _records(records)
     lines = list(lines) or list(_each_line(records))
@@ -110,7 +110,7 @@ def training_figure(records: "Records", lines: Iterable[RecordedLine] = ()) -> "
 
 
 def suggestion_figure(suggestion: Any) -> "Figure":
-    """What `suggest_lr` saw, a `Suggestion`: the true line over all rates tried, and near its rate the parabola."""
+    """Draw a `Suggestion`: the true line over all rates tried, and near its rate the parabola."""
     rate = suggestion.rate
     near = rate is not None
     if not (suggestion.scan.rates or near):

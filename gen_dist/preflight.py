@@ -1,9 +1,9 @@
-"""Checks that the ranks of a run fit together, before the run: versions, devices, network, clocks, memory, settings.
+"""Checks before a run that its ranks fit together: versions, devices, network, clocks, memory, settings.
 
     torchrun --nproc_per_node=2 -m gen_dist.preflight --settings "train.py --epochs 3"
 
-Rank 0 prints one line a rank, and what differs. Every rank exits with 0 if the run can start, else with 1. Ranks report
-through the store that torchrun keeps, not by collectives: so ranks that do not fit together are told, not left to hang.
+Rank 0 prints one line for each rank, and what differs. Every rank exits with 0 if the run can start, else with 1. Ranks
+report through torchrun's store, not by collectives, so that ranks that do not fit together end with a message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLOCK_TOLERANCE = 1.0  # seconds
 
 @dataclass
 class Report:
-    """What one rank is and has seen; the first block is known without the others, the second needs them."""
+    """What one rank knows: the first block by itself, the second together with the others."""
 
     rank: int
     host: str
@@ -61,7 +61,7 @@ class Report:
 
 
 class Meeting:
-    """Rank 0 hears every rank, and every rank hears what rank 0 made of it, through the store alone."""
+    """Rank 0 collects the reports of all ranks and answers them, through the store alone."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
@@ -121,7 +121,7 @@ def main() -> int:
             verdict = meeting.hold(report, working)
         meeting.leave()
     except dist.DistStoreError:
-        print(f"preflight: rank {rank} hears nothing of rank 0", file=sys.stderr)
+        print(f"preflight: rank {rank} got no answer from rank 0", file=sys.stderr)
         verdict = "failed"
     if verdict == "ready":
         dist.destroy_process_group()

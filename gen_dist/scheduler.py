@@ -276,7 +276,7 @@ class GenScheduler(LRScheduler):
         return self.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on with the same rates: plain numbers, and the averaged weights if kept.
+        """Return what a run needs to resume with the same rates: plain numbers, and the averaged weights if kept.
 
         Local to this rank; no communication.
         """

@@ -51,7 +51,7 @@ class AcceleratedGen(RateAtStep):
         accelerator.register_for_checkpointing(self)
 
     def step(self, x: Any = None, y: Any = None, *, closure: Callable[[], Tensor] | None = None) -> None:
-        """One micro-batch: `criterion(model(x), y)`, or the result of a closure, is its loss."""
+        """Add a micro-batch: its loss is `criterion(model(x), y)`, or what the closure returns."""
         if self._complete:  # batches that are left here are those of a step that a gradient scaler left out
             self.batches.clear()
         self._complete = self.accelerator.sync_gradients

@@ -1,4 +1,4 @@
-"""What all trainers have in common: when `optimizer.step()` is reached, gradients are whole, unscaled and clipped."""
+"""What trainers share: when their call of `optimizer.step()` arrives, gradients are summed, unscaled and clipped."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 class RateAtStep:
-    """Collects the batches whose gradients add up, and sets the rate for them once the optimizer is about to move.
+    """Collects the batches whose gradients are summed, and sets the rate for them when the optimizer is about to step.
 
-    Trainers unscale, clip and accumulate each at a place of its own, but they have done so when the call of
-    `optimizer.step()` arrives at the optimizer itself. A step without batches, such as the one that materialises
-    an optimizer's state for a checkpoint, is left as it is.
+    Trainers unscale, clip and accumulate in different places, but all before the call of `optimizer.step()` arrives at
+    the optimizer itself. A step without batches, such as one that creates an optimizer's state for a checkpoint, is
+    left alone.
 
-    The scheduler may come later, by `attach`, as trainers wrap the model late; a state that is loaded before waits.
+    Trainers wrap the model late, so `attach` may add the scheduler later. A state loaded before then is kept for it.
     """
 
     def __init__(self, scheduler: GenScheduler | None = None) -> None:
@@ -54,14 +54,14 @@ class RateAtStep:
         return self._scheduler is not None
 
     def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
-        """Set the rates by this scheduler from now on, in the `step` of its optimizer, or of the container `stepped`.
+        """Let this scheduler set the rates from now on, in the `step` of its optimizer, or of the container `stepped`.
 
         Raises `ValueError` if its state would not survive a trainer's checkpoint.
         """
         weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
         if scheduler.average is not None and scheduler.layout.gradient_is_sharded(weights):
             raise ValueError(
-                "trainers save a scheduler on one rank, which has a shard of the averaged weights only: make it "
+                "trainers save a scheduler on one rank, which has only a shard of the averaged weights: make it "
                 "without them, AutoGen(..., total_steps=...) or average=False"
             )
         self._scheduler = scheduler
@@ -70,7 +70,7 @@ class RateAtStep:
             scheduler.load_state_dict(self._state)
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on."""
+        """Stop setting rates."""
         if self._scheduler is not None:
             self._hook.remove()
 
@@ -91,11 +91,11 @@ class RateAtStep:
         return self.scheduler.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state, or the one that waits for it."""
+        """Return the scheduler's state, or the state loaded for a scheduler to come."""
         return self._scheduler.state_dict() if self._scheduler is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict()` returned."""
+        """Load what `state_dict()` returned."""
         self._state = state_dict
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state_dict)

@@ -13,9 +13,10 @@ __all__ = ["JointOptimizer"]
 
 
 class JointOptimizer(GenOptimizer):
-    """Optimizers over different parameters as one, whose direction is that of all of them together.
+    """Joins optimizers over different parameters into one, with one direction.
 
-    The optimizers become `GenOptimizer`s, in place; their learning rates keep their ratios. State is theirs: save them.
+    Converts the optimizers to `GenOptimizer`s in place. Their learning rates keep their ratios. The state stays in the
+    optimizers: save those.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:

@@ -68,9 +68,9 @@ class FabricGen(RateAtStep):
 class GenCallback(Callback):
     """Makes a Lightning `Trainer` set its learning rate by a `GenScheduler`; `configure_optimizers` returns no other.
 
-    For automatic optimization with one optimizer. The loss is what `training_step` returns, which is called again
-    for it; what it logs then, and the metrics of torchmetrics that it updates, do not count. Accumulation, clipping,
-    precision and checkpoints are the Trainer's.
+    For automatic optimization with one optimizer. The callback calls `training_step` again to get the loss; it discards
+    what `training_step` logs then, and updates of torchmetrics. Accumulation, clipping, precision and checkpoints stay
+    the Trainer's.
 
     Args:
         scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`; by default `AutoGen` with

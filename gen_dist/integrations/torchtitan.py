@@ -2,7 +2,7 @@
 
     class MyTrainer(GenMixin, torchtitan.trainer.Trainer): ...
 
-The rest is torchtitan's: `config.lr_scheduler` is replaced, and its container of optimizers stays what it is.
+This replaces `config.lr_scheduler`. The container of optimizers and everything else stay torchtitan's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["GenMixin", "GenSchedulers"]
 
 
 class GenSchedulers(RateAtStep):
-    """What stands in the place of torchtitan's `LRSchedulersContainer`: one rate for all of its optimizers.
+    """Replaces torchtitan's `LRSchedulersContainer`: one rate for all of its optimizers.
 
     Args:
         optimizers: the `OptimizersContainer`, or another `Optimizer` that iterates over those that its step steps.
@@ -44,7 +44,7 @@ class GenSchedulers(RateAtStep):
         self.attach(scheduler(JointOptimizer(optimizers), model_parts[0]), stepped=optimizers)
 
     def step(self) -> None:
-        """Nothing: the rate has been set in the container's `step()`."""
+        """Do nothing: the container's `step()` has set the rate."""
 
     def get_metrics(self) -> dict[str, float]:
         """The learning rate of each parameter group, for the trainer's log."""
@@ -65,8 +65,8 @@ class GenSchedulers(RateAtStep):
 class GenMixin(Base):
     """Makes a torchtitan `Trainer` set its learning rate by a `GenScheduler`: `self.lr_schedulers.scheduler`.
 
-    Loss and batches are the trainer's, so are accumulation, clipping, precision and checkpoints. Not for pipeline
-    parallelism, and not within CUDA graphs. Override `make_scheduler` to choose another scheduler.
+    Loss, batches, accumulation, clipping, precision and checkpoints stay the trainer's. Pipeline parallelism and CUDA
+    graphs are not supported. Override `make_scheduler` to choose another scheduler.
     """
 
     def __init__(self, config: Any) -> None:
@@ -76,7 +76,7 @@ class GenMixin(Base):
         super().__init__(config)
 
     def make_scheduler(self, optimizer: GenOptimizer, model: nn.Module, steps: int) -> GenScheduler:
-        """The scheduler for a run of so many steps: by default `AutoGen` with them as its horizon."""
+        """Make the scheduler for a run of `steps` steps: by default `AutoGen` with this horizon."""
         return AutoGen(optimizer, model, total_steps=steps)
 
     def _forward_backward_body(self, *batch: Any) -> Tensor:
@@ -94,7 +94,7 @@ class GenMixin(Base):
 
 
 class _Build:
-    """Takes the place of `LRSchedulersContainer.Config`: what it says of warm-up is only shown."""
+    """Replaces `LRSchedulersContainer.Config`, whose warm-up steps are only shown."""
 
     def __init__(self, config: Any, make: Callable[[GenOptimizer, nn.Module, int], GenScheduler]) -> None:
         self.warmup_steps = config.warmup_steps

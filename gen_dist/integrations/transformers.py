@@ -35,14 +35,14 @@ class TrainerScheduler(RateAtStep):
     """What the `Trainer` steps, saves and loads as its `lr_scheduler`."""
 
     def step(self) -> None:
-        """Nothing: the rate has been set in `optimizer.step()`."""
+        """Do nothing: `optimizer.step()` has set the rate."""
 
 
 class GenMixin(Base):
     """Makes a `Trainer` set its learning rate by a `GenScheduler`: accumulation, clipping, precision and checkpoints.
 
-    `trainer.lr_scheduler.scheduler` is that scheduler, once training has started. Of the training arguments,
-    `lr_scheduler_type` plays no part, and `learning_rate` holds until the first update.
+    Once training has started, `trainer.lr_scheduler.scheduler` is that scheduler. It ignores the training argument
+    `lr_scheduler_type`, and keeps `learning_rate` until the first update.
 
     Args:
         scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`; by default `AutoGen` with
@@ -77,7 +77,7 @@ class GenMixin(Base):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        """The loss of a micro-batch, such that the mean over those of a step is what was trained on."""
+        """The loss of a micro-batch, scaled so that the mean over a step's micro-batches is the loss trained on."""
         with self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)

@@ -3,8 +3,8 @@
     python -m gen_dist.suggest package.module:function --plot rate.png
     torchrun --nproc_per_node=2 -m gen_dist.suggest package.module:function
 
-The function takes nothing and returns what `gen_dist.suggest_lr` is to be called with: a dict of its arguments, or a
-tuple of the first ones, `(model, optimizer, criterion, x, y)`:
+The function takes no arguments and returns those of `gen_dist.suggest_lr`: a dict of them, or a tuple of the first
+ones, `(model, optimizer, criterion, x, y)`:
 
     def problem():
         model = Net()
@@ -12,11 +12,11 @@ tuple of the first ones, `(model, optimizer, criterion, x, y)`:
         (x, y), *others = itertools.islice(dataloader, 5)
         return {"model": model, "optimizer": optimizer, "criterion": criterion, "x": x, "y": y, "held_out": others}
 
-One that runs is examples/factory.py.
+See examples/factory.py for one that runs.
 
-Under torchrun the process group is there when it is called (a NCCL one where each rank of a machine has a GPU), and it
-returns this rank's slice and the model in DDP, after `fully_shard`, or as a plain copy. Rank 0 prints. Where no
-rate is to be had, it says why, and `--json` has null for it.
+Under torchrun the command initialises the process group before it calls the function (NCCL if each rank of a machine
+has a GPU, else gloo). The function then returns this rank's slice, and the model in DDP, after `fully_shard`, or as a
+plain copy. Rank 0 prints. If there is no rate to suggest, the command says why, and `--json` prints null for it.
 """
 
 from __future__ import annotations

@@ -24,21 +24,21 @@ class Suggestion:
     """A learning rate for the first steps, and how far to trust it. The same on every rank.
 
     Attributes:
-        rate: the learning rate (of the group with the largest), or None where there is none to be had.
+        rate: the learning rate (of the group with the largest), or None if there is none to suggest.
         reason: `accepted`: the parabola's minimum. `clamped`: the same, inside `lr_min` and `lr_max`. Otherwise what
-            was wrong with the parabola, and then the rate is where the true line is lowest.
-        confidence: 1 where the parabola is the true line, 0 where it is off, at half or at twice the step, by all of
-            the fall of the loss that it promises. From 0.5 on the parabola is believed. None without a parabola.
+            is wrong with the parabola; the rate is then where the true line is lowest.
+        confidence: 1 if the parabola is the true line, 0 if it misses the true line, at half or at twice the step, by
+            as much as the fall that it promises. From 0.5 on the parabola decides. None without a parabola.
         misfit_at_half, misfit_at_twice: true loss minus parabola at half and at twice the clamped minimum, as a share
             of that fall.
         loss, slope, curvature: the parabola `loss + slope a + curvature a^2 / 2`.
         minimum: where the parabola is lowest, not clamped; None where it opens downwards or rises.
         lowest: where the true line is lowest, on a grid of 8 points a decade, inside the clamp.
         relative_step: `|lr d| / |theta|`: the share of the weights that a step at `rate` moves.
-        signal: the slope on the held-out batches over that on the own batch: the share of it that is not noise. None
+        signal: the slope on the held-out batches over the slope on the own batch: the share that is not noise. None
             without held-out batches.
         lr_min, lr_max: the clamp.
-        scan: the true line over all rates that were tried, on a logarithmic grid.
+        scan: the true line over all rates tried, on a logarithmic grid.
         line: the true line from 0 to 2.5 times `rate`.
     """
 
@@ -60,11 +60,11 @@ class Suggestion:
     line: Curve
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers, text and lists, for JSON: a number that is not finite is None."""
+        """Return all fields as plain numbers, text and lists, for JSON: a number that is not finite becomes None."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
     def figure(self) -> Figure:
-        """The true line, the parabola, its minimum and the clamp. Raises `ImportError` without matplotlib."""
+        """Draw the true line, the parabola, its minimum and the clamp. Raises `ImportError` without matplotlib."""
         from gen_dist.plots import suggestion_figure
 
         return suggestion_figure(self)
@@ -84,7 +84,7 @@ class Suggestion:
         if self.relative_step is not None:
             rows.append(("one step moves", f"{self.relative_step:.2g} of the weights, |lr d| / |theta|"))
         if self.signal is not None:
-            rows.append(("signal", f"{self.signal:.2g} of the slope is there on held-out data too"))
+            rows.append(("signal", f"{self.signal:.2g} of the slope remains on held-out data"))
         return "\n".join(f"{name:<16}  {value}" for name, value in rows)
 
     def _misfits(self) -> str:

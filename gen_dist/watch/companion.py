@@ -49,15 +49,15 @@ class Companion:
         return {}
 
     def look(self, seen: Seen, state: State) -> tuple[State, Mapping[str, float]]:
-        """Look at the update; return the state to go on with, and fields of `Update` to report."""
+        """Look at the update; return the state to continue with, and fields of `Update` to report."""
         return state, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the companion needs to go on, as plain numbers."""
+        """Return what the companion needs to resume, as plain numbers."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Load what `state_dict()` returned."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

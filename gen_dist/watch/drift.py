@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same still do: a hash of every bit, compared by one small reduction."""
+"""Checks that ranks still hold equal values: a hash of every bit, compared by one small reduction."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Verification(Companion):
     """Tries the step at every so many updates, two forward passes each, and shortens it while the loss rises.
 
     Reports `change_ratio`, the true change of the loss over the predicted one at the rate that the rule chose. A
-    shortened rate stays until the next update, which goes on from it.
+    shortened rate stays until the next update, which starts from it.
 
     Args:
         every: the number of updates from one verification to the next. Raises `ValueError` unless it is 1 or more.
