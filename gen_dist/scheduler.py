@@ -21,7 +21,7 @@ from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_d
 from gen_dist.rates import CommonRate, GroupRates
 from gen_dist.restore import restored_on_exit
 from gen_dist.update import Update, report
-from gen_dist.watch import Companion, Companions, CrossCheck, Seen, check_in_sync
+from gen_dist.watch import Calls, Companion, Companions, CrossCheck, Idle, Seen, check_in_sync
 
 __all__ = ["GenScheduler"]
 
@@ -91,7 +91,8 @@ class GenScheduler(LRScheduler):
         self._rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
-        self.companions = Companions([*([] if self.estimator.differences else [CrossCheck()]), *companions])
+        cross_check = [] if self.estimator.differences else [CrossCheck()]
+        self.companions = Companions([*cross_check, Idle(), *companions])
         for companion in self.companions:
             companion.check(optimizer, self.layout, self.estimator, bool(group_rates))
         averaging = Averaging() if average is True else average
@@ -102,6 +103,7 @@ class GenScheduler(LRScheduler):
         self.state: State = self.rule.begin(rate)._replace(probe=rate if rate > 0 else FIRST_PROBE)
         self._adopt_new_groups()
         self.last: Update | None = None
+        self._calls = Calls(optimizer)
         self._direction_loaded = False  # whether the state loaded since the last step came with a held direction
 
     @restored_on_exit
@@ -135,13 +137,14 @@ class GenScheduler(LRScheduler):
         with the error raises at once, while the others wait for it up to the process group's timeout: let the error
         end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing.
         """
-        data = as_slice(self.model, self.criterion, x, y, closure, batches, weight, loss)
+        data = as_slice(self.model, self.criterion, x, y, closure, batches, weight, loss, sign=self._sign())
         due = self._begin(data)
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if due:
             self.companions.before_averaging(parameters)
         self.layout.average_gradients(parameters, self.ranks, data.weight)
+        self._calls.check_gradients(parameters, self.layout.backward_communicates)
         finite = self.layout.gradients_are_finite(parameters, self.ranks)
         direction = self._find_direction(due, finite)
         if due:
@@ -149,7 +152,7 @@ class GenScheduler(LRScheduler):
             measured, state = self._measure(line, finite)
             state = update(self.rule, state, measured.parabola, self._clamp())
             self.state, self.last = self._look(line, measured, state)
-        self._set_rates()
+        self._calls.note(self._set_rates(), expects_step=due and finite)
         self.state = self.state._replace(step=self.state.step + 1)
 
     # ---------------------------------------------------------------------------------- the parts of a step
@@ -161,6 +164,9 @@ class GenScheduler(LRScheduler):
                 f"curvature={self.curvature!r} needs model and criterion apart: type scheduler.step(x, y), or use "
                 "curvature='exact' with closures"
             )
+        self.layout.check_step()
+        self._calls.check_since_last()
+        self._calls.check_unused(self.layout.backward_communicates)
         self._adopt_new_groups()
         self._direction_loaded = False
         return self.rule.is_due(self.state, self.update_every)
@@ -187,6 +193,7 @@ class GenScheduler(LRScheduler):
         settings = f"{self._settings()}, {len(line.data.micro_batches)} micro-batch(es)"
         method = Method(self.estimator, max(self.state.probe, SMALLEST_PROBE), self.rule.needs_norms, settings)
         measured, state = self._rates.measure(line, self.ranks, method, finite, numbers, self.state)
+        self._calls.check_repeated(measured.repeated)
         if not measured.parabola.gradients_finite:  # on another rank
             self._skip_step()
         return measured, state
@@ -196,14 +203,16 @@ class GenScheduler(LRScheduler):
         factor = self.rule.factor(state.step)
         line = replace(line, direction=line.direction.with_ratios(self._rates.ratios(self.optimizer, state)))
         state, found = self.companions.look(Seen(line, self.ranks, measured, factor), state)
-        return state, report(state.rate * factor, state.reason, measured.parabola, found)
+        parabola = measured.parabola._replace(loss=line.data.sign * measured.parabola.loss)
+        return state, report(state.rate * factor, state.reason, parabola, found)
 
-    def _set_rates(self) -> None:
+    def _set_rates(self) -> list[float]:
         rate = self.state.rate * self.rule.factor(self.state.step)
         least = self.lr_min if self.group_rates else 0.0
-        ratios = self._rates.ratios(self.optimizer, self.state)
-        for group, ratio in zip(self.optimizer.param_groups, ratios, strict=True):
-            set_rate(group, max(rate * ratio, least))
+        rates = [max(rate * ratio, least) for ratio in self._rates.ratios(self.optimizer, self.state)]
+        for group, own in zip(self.optimizer.param_groups, rates, strict=True):
+            set_rate(group, own)
+        return rates
 
     def _adopt_new_groups(self) -> None:
         """Groups may come later by `add_param_group`: they keep the ratio of the rate that they come with."""
@@ -211,6 +220,13 @@ class GenScheduler(LRScheduler):
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
         self.state = self._rates.adopt(self.optimizer, self.state)
+
+    def _sign(self) -> float:
+        """-1 for an optimizer that maximizes the loss: it minimizes the negative one."""
+        maximizing = {bool(group.get("maximize")) for group in self.optimizer.param_groups}
+        if len(maximizing) > 1:
+            raise ValueError("some parameter groups have maximize=True and others not: use an optimizer for each")
+        return -1.0 if maximizing == {True} else 1.0
 
     def _clamp(self) -> Clamp:
         return Clamp(self.lr_min, self.lr_max)
@@ -304,6 +320,7 @@ class GenScheduler(LRScheduler):
         if self.average is not None and state_dict["average"] is not None:
             self.average.load_state_dict(state_dict["average"])
             self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
+        self._calls.forget()
         self._direction_loaded = bool(state_dict["direction_held"])
         if self._direction_loaded and self.optimizer.direction is None:
             logger.warning(

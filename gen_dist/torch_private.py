@@ -45,6 +45,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to; inference tensors do not count. No public name tells."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 # --- modules: a tensor is replaced for a while, under its name
 
 
@@ -77,6 +82,14 @@ def with_local_part(tensor: DTensor, part: Tensor) -> DTensor:
 def fsdp2_compute_dtype(unit: nn.Module) -> torch.dtype | None:
     """The dtype of a unit's mixed precision policy, which FSDP2 does not hand out."""
     return cast(Any, unit)._get_fsdp_state()._mp_policy.param_dtype
+
+
+# --- parallel: DDP
+
+
+def ddp_is_joining(wrapper: nn.Module) -> bool:
+    """Whether the wrapper is inside `with model.join():`, of which DDP gives no sign."""
+    return bool(cast(Any, wrapper)._join_config.enable)
 
 
 # --- parallel: FSDP1

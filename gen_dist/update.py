@@ -15,6 +15,8 @@ __all__ = ["Update", "report"]
 class Update(NamedTuple):
     """What an update saw and did, over all ranks together.
 
+    With an optimizer that maximizes, numerator and denominator are those of the negative loss, which falls.
+
     Attributes:
         lr: the learning rate that was set (of the group with the largest).
         numerator: `g.d = -phi'(0)`.

@@ -387,6 +387,7 @@ def drive(
     scheduler = make(optimizer, model, nn.functional.cross_entropy, curvature=curvature, **limits)
     x, y = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
     rates: list[float] = []
+    gradient: Tensor | None = None
     for call, of_input, of_gradient in calls:
         x = x.clone()
         x[0, 0] = of_input
@@ -400,6 +401,10 @@ def drive(
             optimizer.step()
         if call == "add a group" and len(optimizer.param_groups) < 2:
             optimizer.add_param_group(groups[1])
+        if call in ("optimizer first", "skip backward") and (gradient is None or optimizer.has_used_gradients()):
+            with pytest.raises(ValueError, match=r"no parameter has a gradient|has already used these gradients"):
+                scheduler.step(x, y)
+            continue
         if call == "closure" and curvature != "gauss-newton":
             scheduler.step(closure=lambda x=x: nn.functional.cross_entropy(model(x), y))
         elif call == "micro-batches":

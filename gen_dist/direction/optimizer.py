@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -20,11 +21,12 @@ from gen_dist.direction.direction import (
 from gen_dist.direction.linearity import check_linearity, refuse_by_name
 from gen_dist.direction.rates import rate_ratios
 from gen_dist.parallel import local, placed_like
-from gen_dist.torch_private import patch_step
+from gen_dist.torch_private import patch_step, version_of
 
 __all__ = ["GenOptimizer", "as_gen_optimizer", "direction_without_trace", "make_gen_optimizer"]
 
 HELD = "held_direction"  # its key in a state dict
+FEW = 4  # parameters of each group whose gradients are compared
 
 
 class GenOptimizer(Optimizer):
@@ -34,7 +36,9 @@ class GenOptimizer(Optimizer):
     """
 
     base_class: type[Optimizer]
+    steps = 0  # how often `step()` was called
     _direction: Direction | None = None
+    _used: Sequence[tuple[ReferenceType[Tensor], int]] = ()  # gradients that a step has used, and their versions
 
     def compute_param_updates(self) -> None:
         """Run the base optimizer's step once, keep its direction `d`, and restore the parameters bit for bit.
@@ -65,7 +69,9 @@ class GenOptimizer(Optimizer):
         those that were measured.
         """
         if self._direction is None:
-            return _base_step(self, closure)
+            result = _base_step(self, closure)
+            self._note_step()
+            return result
         if closure is not None:
             raise ValueError(
                 "optimizer.step(closure) while a direction is held: run the closure before scheduler.step(...) and "
@@ -73,7 +79,25 @@ class GenOptimizer(Optimizer):
             )
         move_along(self._direction, self.param_groups)
         self._direction = None
+        self._note_step()
         return None
+
+    def _note_step(self) -> None:
+        self.steps += 1
+        gradients = [p.grad for p in self._first_parameters() if p.grad is not None]
+        self._used = [(ref(gradient), version_of(gradient)) for gradient in gradients]
+
+    def _first_parameters(self) -> list[Tensor]:
+        """A few parameters, whose gradients stand for all."""
+        return [p for group in self.param_groups for p in group["params"][:FEW]]
+
+    def has_used_gradients(self) -> bool:
+        """Whether the present gradients are those of the last step, untouched since."""
+        gradients = [p.grad for p in self._first_parameters() if p.grad is not None]
+        if not gradients or len(gradients) != len(self._used):
+            return False
+        pairs = zip(gradients, self._used, strict=True)
+        return all(used() is gradient and version == version_of(gradient) for gradient, (used, version) in pairs)
 
     def skip_step(self) -> None:
         """Make the next `step()` do nothing: neither parameters nor state change."""

@@ -59,6 +59,14 @@ class JointOptimizer(GenOptimizer):
         """After the step of the last of them, whoever makes it."""
         return self.optimizers[-1].register_step_post_hook(hook)
 
+    def has_used_gradients(self) -> bool:
+        return all(optimizer.has_used_gradients() for optimizer in self.optimizers)
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """How often `step()` of the last of them was called."""
+        return self.optimizers[-1].steps
+
     def skip_step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.skip_step()

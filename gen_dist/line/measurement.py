@@ -51,14 +51,19 @@ class Method(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The parabola, the mean over the ranks of each of the companions' numbers, and the number of slices.
+    """The parabola, and what else the reduction told.
 
-    Slices of unequal weight count as fewer: `(sum w)^2 / sum w^2`.
+    Attributes:
+        parabola: the loss along the line.
+        means: the mean over the ranks of each of the companions' numbers.
+        slices: the number of slices. Slices of unequal weight count as fewer: `(sum w)^2 / sum w^2`.
+        repeated: whether several closures of this rank gave bitwise the same; it alone may differ between ranks.
     """
 
     parabola: Parabola
     means: Mapping[str, float]
     slices: float
+    repeated: bool = False
 
 
 class MeasuredGroups(NamedTuple):
@@ -67,10 +72,11 @@ class MeasuredGroups(NamedTuple):
     parabola: GroupParabola
     means: Mapping[str, float]
     slices: float
+    repeated: bool
 
     def along(self, ratios: Sequence[float]) -> Measured:
         """The line on which the groups' rates keep these ratios."""
-        return Measured(self.parabola.along(ratios), self.means, self.slices)
+        return Measured(self.parabola.along(ratios), self.means, self.slices, self.repeated)
 
 
 def measure(line: Line, ranks: Ranks, method: Method, finite: bool, companions: Mapping[str, float]) -> Measured:
@@ -82,7 +88,7 @@ def measure(line: Line, ranks: Ranks, method: Method, finite: bool, companions: 
     """
     products = _inner_products(line.layout, line.direction, ranks.size, method.norms).sum(0, keepdim=True)
     joint = _reduce([line], ranks, method, finite, products, companions)
-    return Measured(joint.parabola(0, joint.products[0], method), joint.means, joint.slices)
+    return Measured(joint.parabola(0, joint.products[0], method), joint.means, joint.slices, joint.repeated)
 
 
 def measure_groups(
@@ -117,7 +123,7 @@ def measure_groups(
         [each.direction_norm for each in own],
         own[0].gradients_finite,
     )
-    return MeasuredGroups(parabola, joint.means, joint.slices)
+    return MeasuredGroups(parabola, joint.means, joint.slices, joint.repeated)
 
 
 class JointWalk(NamedTuple):
@@ -171,6 +177,7 @@ class _Joint(NamedTuple):
     slices: float
     rounding: float
     gradients_finite: bool
+    repeated: bool
 
     def parabola(self, line: int, products: _Products, method: Method) -> Parabola:
         """The parabola of a line; one probe gets its curvature from the slope of the gradients."""
@@ -230,6 +237,7 @@ def _reduce(
         numbers = torch.zeros_like(numbers)
     loss, numerator, denominator = numbers.unbind(-1)
     g_dot_d, weight_square, direction_square = products.unbind(-1)
+    g_dot_d = data.sign * g_dot_d
     of_lines = {
         "loss": loss.mean(1) * weight,
         "numerator": numerator.mean(1) * weight,
@@ -258,6 +266,7 @@ def _reduce(
         slices,
         total["rounding"] / max(total["with data"], 1.0),
         not total["not finite"],
+        data.has_closures and count > 1 and bool((numbers == numbers[:, :1]).all()),
     )
 
 
@@ -327,6 +336,13 @@ def _disagreement(texts: Sequence[str]) -> ValueError:
 
 def _kept_for_the_reduction(error: Exception, layout: Layout) -> Exception:
     """The error, which the reduction makes known; raised at once where the other ranks wait in a gather instead."""
+    if _comes_from_backward(error):
+        explained = ValueError(
+            "the closure given to scheduler.step calls backward(), which it must not: it returns the loss alone. Call "
+            "backward() before scheduler.step, as in loss = closure(); loss.backward(); scheduler.step(closure=closure)"
+        )
+        explained.__cause__ = error
+        error = explained
     if layout.forward_communicates:
         raise error
     return error
@@ -339,3 +355,14 @@ def _failure(here: Exception | None, ranks: Ranks) -> Exception:
         return here
     who = ", ".join(f"rank {rank} ({text})" for rank, text in enumerate(texts) if text)
     return RuntimeError(f"the loss could not be evaluated on {who}")
+
+
+def _comes_from_backward(error: Exception) -> bool:
+    """Whether the error arose in a call of `loss.backward()`."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code is Tensor.backward.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False

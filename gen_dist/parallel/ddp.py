@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gen_dist.parallel.kind import Kind
-from gen_dist.torch_private import tree_map_only
+from gen_dist.torch_private import ddp_is_joining, tree_map_only
 
 __all__ = ["DDP"]
 
@@ -39,6 +39,14 @@ class DDP(Kind):
     def compute_dtypes(self) -> list[torch.dtype | None]:
         policies = [wrapper.mixed_precision for wrapper in self.wrappers]
         return [policy.param_dtype for policy in policies if policy is not None]
+
+    def check_step(self) -> None:
+        if any(ddp_is_joining(wrapper) for wrapper in self.wrappers):
+            raise ValueError(
+                "scheduler.step inside DDP's join(), whose shadow reductions would meet those of the scheduler: leave "
+                "join() out. A rank that has run out of data makes a backward pass of zero, (model(x) * 0).sum()."
+                "backward() on any x, and calls scheduler.step(weight=0); or give all ranks as many batches"
+            )
 
     def inner_forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """The modules inside, without broadcasts of buffers or preparations for a backward pass."""

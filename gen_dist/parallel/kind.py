@@ -80,6 +80,9 @@ class Kind:
         """Wrappers, each with a forward pass that runs the module inside without synchronising anything."""
         return {}
 
+    def check_step(self) -> None:
+        """Raise `ValueError` where a step of the scheduler cannot work at present."""
+
     def reshard(self) -> None:
         """Let go of the whole weights that units still hold after a forward pass."""
 

@@ -124,6 +124,11 @@ class Layout:
                 wrapper.forward = forward
             yield
 
+    def check_step(self) -> None:
+        """Raise `ValueError` where a step of the scheduler cannot work at present, with what to do instead."""
+        for kind in self.kinds:
+            kind.check_step()
+
     def reshard(self) -> None:
         """Let go of gathered weights. Needed between a forward pass and the next change of the shards.
 

@@ -10,6 +10,7 @@ from gen_dist.parabola import Parabola
 from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
+    FLAT,
     NO_DESCENT,
     NOT_FINITE,
     PROMISE_BROKEN,
@@ -113,7 +114,7 @@ class Auto:
         reason = why_no_minimum(parabola)
         memory = memory._replace(from_zero=memory.from_zero or (not memory.started and parabola.weight_norm == 0))
         whole_step = self._whole_step(memory, parabola)
-        if reason == NOT_FINITE or whole_step is None:
+        if reason in (NOT_FINITE, FLAT) or whole_step is None:
             return state._replace(rate=clamp.of(state.rate), reason=reason or NOT_FINITE)
 
         last = state.rate if memory.started else self.start * whole_step

@@ -23,6 +23,7 @@ NO_DESCENT = "the direction does not descend"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
 PROMISE_BROKEN = "the loss did not fall as promised"
+FLAT = "the loss does not change along the direction"
 
 
 class Clamp(NamedTuple):
@@ -84,6 +85,8 @@ def why_no_minimum(parabola: Parabola) -> str | None:
         return NOT_FINITE
     if abs(denominator) < rounding:  # then the slope that the same probes give means little too
         return CURVATURE_IN_ROUNDING
+    if numerator == denominator == 0:
+        return FLAT
     if numerator <= 0:
         return NO_DESCENT
     return CURVATURE_NOT_POSITIVE if denominator <= 0 else None

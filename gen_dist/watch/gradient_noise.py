@@ -66,7 +66,7 @@ class GradientNoise(Companion):
         measured, numerator = seen.measured, seen.measured.parabola.gradient_numerator
         if measured.slices <= 1.001 or not numerator:
             return state, {}
-        noise = measured.means["gradient noise"] / (measured.slices - 1)
+        noise = seen.line.data.sign * measured.means["gradient noise"] / (measured.slices - 1)
         return state, {"signal": (numerator - noise) / numerator}
 
 
