@@ -50,7 +50,7 @@ from gen_dist.recipes import ApproxGen, AutoGen, ExactGen
 from gen_dist.scheduler import GenScheduler
 from gen_dist.suggest import Suggestion, suggest_lr
 from gen_dist.update import Update
-from gen_dist.watch import Companion, GradientNoise, Verification
+from gen_dist.watch import Companion, GradientNoise, SelfCheck, Verification
 
 __version__ = "0.1.0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "GenScheduler",
     "GradientNoise",
     "Raw",
+    "SelfCheck",
     "Suggestion",
     "UnsupportedOperation",
     "Update",

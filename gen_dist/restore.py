@@ -22,6 +22,7 @@ __all__ = [
     "contents_kept",
     "everything_restored",
     "forward_state_kept",
+    "gradients_aside",
     "gradients_kept",
     "restored_on_exit",
     "restoring",
@@ -98,6 +99,21 @@ def contents_kept(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
     with restoring(restore):
         yield copies
+
+
+@contextlib.contextmanager
+def gradients_aside(parameters: Sequence[Tensor]) -> Iterator[dict[Tensor, Tensor]]:
+    """Clear the gradients for the block and restore them afterwards, the same tensors; yields them by parameter."""
+    gradients = {p: p.grad for p in parameters}
+
+    def restore() -> None:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    with restoring(restore):
+        for parameter in gradients:
+            parameter.grad = None
+        yield {p: gradient for p, gradient in gradients.items() if gradient is not None}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_d
 from gen_dist.rates import CommonRate, GroupRates
 from gen_dist.restore import restored_on_exit
 from gen_dist.update import Update, report
-from gen_dist.watch import Calls, Companion, Companions, CrossCheck, Idle, Seen, check_in_sync
+from gen_dist.watch import Calls, Companion, Companions, Idle, Seen, SelfCheck, check_in_sync
 
 __all__ = ["GenScheduler"]
 
@@ -54,6 +54,7 @@ class GenScheduler(LRScheduler):
         group_rates: a rate for each parameter group. The ratios between groups come from curvature too, all K x K of
             it (`True`), or that of each group alone (`'diagonal'`, and always with `'forward'`).
         companions: what watches the updates: `Verification(every)`, `GradientNoise()`, or a `Companion` of your own.
+            Every scheduler has a `SelfCheck()`; `SelfCheck(None)` turns it off.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit, and says which do.
@@ -91,8 +92,8 @@ class GenScheduler(LRScheduler):
         self._rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
-        cross_check = [] if self.estimator.differences else [CrossCheck()]
-        self.companions = Companions([*cross_check, Idle(), *companions])
+        self_check = [] if any(isinstance(each, SelfCheck) for each in companions) else [SelfCheck()]
+        self.companions = Companions([*self_check, *companions, Idle()])
         for companion in self.companions:
             companion.check(optimizer, self.layout, self.estimator, bool(group_rates))
         averaging = Averaging() if average is True else average
@@ -191,7 +192,7 @@ class GenScheduler(LRScheduler):
         """Measure the line; the state comes back with the groups' ratios. Collective."""
         numbers = self.companions.numbers(self.optimizer, line.direction)
         settings = f"{self._settings()}, {len(line.data.micro_batches)} micro-batch(es)"
-        method = Method(self.estimator, max(self.state.probe, SMALLEST_PROBE), self.rule.needs_norms, settings)
+        method = Method(self.estimator, self._probe(), self.rule.needs_norms, settings)
         measured, state = self._rates.measure(line, self.ranks, method, finite, numbers, self.state)
         self._calls.check_repeated(measured.repeated)
         if not measured.parabola.gradients_finite:  # on another rank
@@ -202,7 +203,8 @@ class GenScheduler(LRScheduler):
         """Let the companions look, which may change the state; return the last state and the report. Collective."""
         factor = self.rule.factor(state.step)
         line = replace(line, direction=line.direction.with_ratios(self._rates.ratios(self.optimizer, state)))
-        state, found = self.companions.look(Seen(line, self.ranks, measured, factor), state)
+        seen = Seen(line, self.ranks, measured, factor, self.state, self._probe())
+        state, found = self.companions.look(seen, state)
         parabola = measured.parabola._replace(loss=line.data.sign * measured.parabola.loss)
         return state, report(state.rate * factor, state.reason, parabola, found)
 
@@ -227,6 +229,9 @@ class GenScheduler(LRScheduler):
         if len(maximizing) > 1:
             raise ValueError("some parameter groups have maximize=True and others not: use an optimizer for each")
         return -1.0 if maximizing == {True} else 1.0
+
+    def _probe(self) -> float:
+        return max(self.state.probe, SMALLEST_PROBE)
 
     def _clamp(self) -> Clamp:
         return Clamp(self.lr_min, self.lr_max)

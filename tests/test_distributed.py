@@ -71,7 +71,15 @@ def collectives(kind: str, curvature: str, probes: int) -> list[list[tuple[str, 
     """The collectives of three calls of `scheduler.step`. The second call is no update."""
     model = parallel(new_model(), kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
-    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes, update_every=2)
+    scheduler = gen.GenScheduler(
+        optimizer,
+        model,
+        criterion,
+        curvature=curvature,
+        probes=probes,
+        update_every=2,
+        companions=[gen.SelfCheck(None)],
+    )
     steps = []
     for x, y in data()[:3]:
         optimizer.zero_grad()
@@ -132,7 +140,8 @@ def gathers_around_blocks(curvature: str) -> list[list[str]]:
     """The gathers of two updates and the starts of blocks, in the order in which they happen."""
     model = parallel(new_model(), "fsdp2")
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
-    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature)
+    unchecked = [gen.SelfCheck(None)]
+    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, companions=unchecked)
     updates = []
     for x, y in data()[:2]:
         criterion(model(x), y).backward()

@@ -156,7 +156,9 @@ def test_forward_passes_give_the_diagonal(rates: bool | str) -> None:
     model = new_model()
     x, y = data()[0]
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups_of(model), lr=1e-3)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, curvature="forward", group_rates=rates)
+    scheduler = gen.GenScheduler(
+        optimizer, model, criterion, curvature="forward", group_rates=rates, companions=[gen.SelfCheck(None)]
+    )
     criterion(model(x), y).backward()
     assert forwards(model, lambda: scheduler.step(x, y)) == 2 * 3 + 1
     b, a = oracle()
@@ -173,7 +175,7 @@ def reductions(full: bool | str) -> list[int]:
 
     model = parallel(inner := new_model(), "ddp")
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups_of(inner), lr=1e-3)
-    scheduler = gen.GenScheduler(optimizer, model, criterion, group_rates=full)
+    scheduler = gen.GenScheduler(optimizer, model, criterion, group_rates=full, companions=[gen.SelfCheck(None)])
     x, y = data()[0]
     criterion(model(x), y).backward()
     sizes: list[int] = []

@@ -186,7 +186,8 @@ def test_losses_of_micro_batches_save_a_pass() -> None:
     for loss in (None, losses):
         count = 0
         optimizer.param_groups[0]["lr"] = 1e-2  # and so the same distance of the probes
-        scheduler = gen.GenScheduler(optimizer, model, criterion, curvature="forward")
+        unchecked = [gen.SelfCheck(None)]
+        scheduler = gen.GenScheduler(optimizer, model, criterion, curvature="forward", companions=unchecked)
         scheduler.step(batches=batches, loss=loss)
         seen.append((count, scheduler.last))
     assert (seen[0][0], seen[1][0]) == (12, 8)

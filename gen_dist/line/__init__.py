@@ -1,5 +1,6 @@
 """The loss along the direction, `phi(a) = L(theta - a d)`: on this rank's slice, and over all ranks together."""
 
+from gen_dist.line.by_backward import Ordinary, by_backward
 from gen_dist.line.by_jets import exact, gauss_newton
 from gen_dist.line.by_probes import one_probe, two_probes
 from gen_dist.line.data import Criterion, MicroBatch, Slice, as_slice
@@ -22,9 +23,11 @@ __all__ = [
     "Measured",
     "Method",
     "MicroBatch",
+    "Ordinary",
     "Slice",
     "Walk",
     "as_slice",
+    "by_backward",
     "check_alike",
     "estimator",
     "exact",

@@ -20,7 +20,7 @@ from gen_dist.parallel import Layout, local
 from gen_dist.restore import contents_kept, forward_state_kept, restoring
 from gen_dist.torch_private import foreach_add_, forward_pre_hooks_of
 
-__all__ = ["Line", "Walk"]
+__all__ = ["ROUNDINGS_OF_LOSS", "Line", "Walk", "noting_precision"]
 
 # Units of rounding by which a loss is uncertain. That of its own dtype hits it directly. Inside the model many
 # roundings average out: on a GPT and two conv nets under bfloat16 autocast, 0.006 to 0.25 units were measured.
@@ -60,7 +60,7 @@ class Line:
         losses: list[Tensor] = []
         rounding = 0.0
         with torch.no_grad(), self.layout.without_wrappers(), forward_state_kept(self.layout.model) as restart:
-            with _moving(self.direction) as move_to, _noting_precision(self.layout) as model_rounding:
+            with _moving(self.direction) as move_to, noting_precision(self.layout) as model_rounding:
                 for rate in rates:
                     if not move_to(rate):
                         rounding = UNRESOLVED
@@ -112,7 +112,7 @@ def _arrived(groups: list[tuple[list[Tensor], list[Tensor], float]], before: lis
 
 
 @contextlib.contextmanager
-def _noting_precision(layout: Layout) -> Iterator[list[float]]:
+def noting_precision(layout: Layout) -> Iterator[list[float]]:
     """Yield a list of the relative roundings of the model: of its weights, its policy, and autocast around it."""
     model: nn.Module = layout.model
     roundings = [ROUNDINGS_OF_MODEL * torch.finfo(dtype).eps for dtype in layout.compute_dtypes()]

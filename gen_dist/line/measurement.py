@@ -27,6 +27,7 @@ __all__ = [
     "Measured",
     "Method",
     "check_alike",
+    "inner_products",
     "measure",
     "measure_groups",
     "raise_together",
@@ -86,7 +87,7 @@ def measure(line: Line, ranks: Ranks, method: Method, finite: bool, companions: 
     Raises on every rank what went wrong on any: the error itself there, `RuntimeError` elsewhere, and `ValueError` for
     settings that differ.
     """
-    products = _inner_products(line.layout, line.direction, ranks.size, method.norms).sum(0, keepdim=True)
+    products = inner_products(line.layout, line.direction, ranks.size, method.norms).sum(0, keepdim=True)
     joint = _reduce([line], ranks, method, finite, products, companions)
     return Measured(joint.parabola(0, joint.products[0], method), joint.means, joint.slices, joint.repeated)
 
@@ -104,7 +105,7 @@ def measure_groups(
     pairs = [(i, j) for j in range(count) for i in range(j)] if full else []
     parts = [[group] for group in groups] + [[groups[i], groups[j]] for i, j in pairs]
     lines = [Line(line.layout, Direction(part), line.data) for part in parts]
-    products = _inner_products(line.layout, Direction(groups), ranks.size, method.norms)
+    products = inner_products(line.layout, Direction(groups), ranks.size, method.norms)
     joint = _reduce(lines, ranks, method, finite, products, companions)
 
     own = [joint.parabola(k, joint.products[k], method) for k in range(count)]
@@ -279,7 +280,7 @@ def _estimate(lines: Sequence[Line], method: Method, loss: Tensor | None) -> tup
     return torch.stack([each.numbers for each in estimates]), max(each.rounding for each in estimates)
 
 
-def _inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
+def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool) -> Tensor:
     """This rank's part of `g.d`, `|theta|^2` and `|d|^2` of each group, shape `(groups, 3)`, at least one row.
 
     A parameter that several ranks hold is divided by their number, so that a sum over ranks counts it once.

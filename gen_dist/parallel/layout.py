@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gen_dist.parallel import gathering, gradients
 from gen_dist.parallel.kind import Kind
+from gen_dist.parallel.placement import local
 from gen_dist.parallel.ranks import Ranks
 from gen_dist.parallel.replicas import Replicas
 from gen_dist.restore import restoring
@@ -64,6 +65,11 @@ class Layout:
         the others, and has one on all afterwards.
         """
         gradients.average_gradients(self.needs_averaging(parameters), ranks, weight)
+
+    def average_local_gradients(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+        """Average the gradients of all replicated parameters, after a backward pass without wrappers. Collective."""
+        whole = [p for p in parameters if local(p) is p and self.replicas(p, ranks.size) == ranks.size]
+        gradients.average_gradients(whole, ranks)
 
     def gradients_are_finite(self, parameters: Sequence[Tensor], ranks: Ranks) -> bool:
         """Whether the gradients hold no NaN or infinity, in any shard. Collective where they are sharded."""

@@ -23,6 +23,7 @@ NO_DESCENT = "the direction does not descend"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
 PROMISE_BROKEN = "the loss did not fall as promised"
+OTHER_FUNCTION = "probes see another function than the one trained"
 FLAT = "the loss does not change along the direction"
 
 

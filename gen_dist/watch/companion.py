@@ -23,12 +23,16 @@ class Seen(NamedTuple):
         ranks: the ranks that train together.
         measured: the parabola, and the means over ranks of what companions added.
         factor: what the rate is multiplied by at this step, by a decay to a known horizon.
+        before: the state before the decision.
+        probe: the rate at which finite differences were taken.
     """
 
     line: Line
     ranks: Ranks
     measured: Measured
     factor: float
+    before: State
+    probe: float
 
 
 class Companion:

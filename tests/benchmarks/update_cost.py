@@ -180,7 +180,7 @@ PARTS = {
     "  gradients finite?": (Layout, "gradients_are_finite"),
     "  direction": (gen.GenOptimizer, "compute_param_updates"),
     "    the optimizer's own step": (optimizer, "_base_step"),
-    "  inner products": (measurement, "_inner_products"),
+    "  inner products": (measurement, "inner_products"),
     "  line": (measurement, "_estimate"),
     "    running the model": (MicroBatch, "output"),
     "a forward pass without grad": None,

@@ -1,0 +1,166 @@
+"""The net under all measurements: does the line agree with an ordinary forward and backward pass?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gen_dist.direction import GenOptimizer
+from gen_dist.line import Estimator, Line, Ordinary, by_backward, walk_over_ranks
+from gen_dist.parabola import Parabola
+from gen_dist.parallel import Layout
+from gen_dist.policy import OTHER_FUNCTION, State
+from gen_dist.watch.companion import Companion, Seen
+
+__all__ = ["SelfCheck"]
+
+logger = logging.getLogger("gen_dist")
+
+COARSE = 1e-3  # a relative rounding from which on a mismatch is no proof: half precision
+TOLERANCE = 0.1  # of the slope, relative, that finite differences may be off by, besides what they tell themselves
+SIZES = 5  # of steps that finite differences are checked at
+CAUSES = (
+    "a closure that computes another loss at each call (other data, a random stream that this library does not know, "
+    "state that it changes), a gradient that code replaces (hooks, custom functions), or a fault of this library"
+)
+
+
+class SelfCheck(Companion):
+    """Compares the line with an ordinary forward and backward pass on the same data, with the same random numbers.
+
+    Every scheduler carries one. At the first update, after a change of the model's mode or of the weights that move,
+    and at every so many updates, the loss must be `phi(0)` and `<gradient, d>` must be `-phi'(0)`, to rounding. If
+    not, exact curvature raises `RuntimeError`, and finite differences decline their updates: the loss at displaced
+    weights is then not the function that training differentiates (a target from the same weights behind `detach`, a
+    straight-through or reversed gradient). A check costs one training step. With half precision it only warns.
+
+    It also compares `p.grad` with the gradient of the pass, and warns once if they belong to different losses.
+    Gradients that were clipped, or come from other random numbers (dropout), are no reason.
+
+    Args:
+        every: the number of updates from one check to the next; 0 for the first update and changes only; None for
+            never.
+    """
+
+    def __init__(self, every: int | None = 0) -> None:
+        if not (every is None or (isinstance(every, int) and every >= 0)):
+            raise ValueError(f"every must be a whole number of updates, 0 or None, got {every!r}")
+        self.every = every
+        self.updates = 0
+        self.declines = False
+        self._model: object = None  # what was checked
+        self._warned: set[str] = set()
+        self._estimator: Estimator | None = None
+
+    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator, group_rates: bool) -> None:
+        self._estimator = estimator
+
+    def look(self, seen: Seen, state: State) -> tuple[State, Mapping[str, float]]:
+        model = _description(seen.line)
+        due = self.every is not None and (model != self._model or (self.every and self.updates % self.every == 0))
+        if due and _is_finite(seen.measured.parabola):
+            self._compare(seen)
+            self._model = model
+        self.updates += 1
+        if self.declines:
+            state = seen.before._replace(reason=OTHER_FUNCTION, updated=state.updated)
+        return state, {}
+
+    def _compare(self, seen: Seen) -> None:
+        parabola, ordinary = seen.measured.parabola, by_backward(seen.line, seen.ranks)
+        assert self._estimator is not None
+        if self._estimator.differences:
+            self.declines = not _walk_agrees(seen, ordinary)
+            if self.declines:
+                self._say(
+                    "declined",
+                    "along the direction the loss falls at another rate than its gradient says, so finite differences "
+                    "measure another function than the one trained: a target from the same weights behind detach() or "
+                    "no_grad, a reversed or straight-through gradient? Updates are declined and the learning rate "
+                    "stays. Use curvature='exact', which follows what autograd does",
+                )
+        else:
+            _check_exact(parabola, ordinary, self._say)
+        self._compare_gradients(parabola, ordinary)
+
+    def _compare_gradients(self, parabola: Parabola, ordinary: Ordinary) -> None:
+        given, own = parabola.gradient_numerator, ordinary.numerator
+        apart = abs(given - own) > 0.5 * max(abs(given), abs(own))
+        if not apart or ordinary.draws_random_numbers or ordinary.clipped:
+            return
+        if ordinary.scale > 1:
+            text = (
+                f"the gradients are {ordinary.scale:.4g} times those of the loss that scheduler.step got: are they "
+                "still scaled? Call scaler.unscale_(optimizer) before scheduler.step. Or is that loss a mean where "
+                "backward() got a sum?"
+            )
+        else:
+            text = (
+                f"the gradients are not those of the loss that scheduler.step got: along the direction it falls at "
+                f"rate {own:.3g}, but they say {given:.3g}. Give scheduler.step the batch and the loss of backward()"
+            )
+        self._say("gradients", text)
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s (said once)", text)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "declines": self.declines}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.updates, self.declines = int(state_dict["updates"]), bool(state_dict["declines"])
+
+    def __repr__(self) -> str:
+        return f"SelfCheck(every={self.every})"
+
+
+def _description(line: Line) -> tuple[Any, ...]:
+    """What a change of is a reason to check again."""
+    return line.layout.model.training, sum(len(group.parameters) for group in line.direction)
+
+
+def _is_finite(parabola: Parabola) -> bool:
+    return math.isfinite(parabola.loss) and math.isfinite(parabola.numerator) and parabola.gradients_finite
+
+
+def _differs(a: float, b: float, tolerance: float) -> bool:
+    return not abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def _check_exact(parabola: Parabola, ordinary: Ordinary, say: Any) -> None:
+    """Raise if jets computed another loss or slope than the ordinary pass."""
+    tolerance = 20 * ordinary.rounding
+    other_loss = _differs(parabola.loss, ordinary.loss, tolerance)
+    other_slope = _differs(parabola.numerator, ordinary.numerator, math.sqrt(tolerance))
+    if not (other_loss or other_slope):
+        return
+    text = (
+        f"exact curvature does not agree with an ordinary forward and backward pass on the same data: loss "
+        f"{parabola.loss:.9g} and {ordinary.loss:.9g}, slope {-parabola.numerator:.9g} and {-ordinary.numerator:.9g}. "
+        f"Likely causes: {CAUSES}. Use curvature='forward', or companions=[gen_dist.SelfCheck(None)] to go on as it is"
+    )
+    if ordinary.rounding >= COARSE:
+        say("exact", text)
+    else:
+        raise RuntimeError(text)
+
+
+def _walk_agrees(seen: Seen, ordinary: Ordinary) -> bool:
+    """Whether the slope of the walked line is that of the gradient, at the sizes of step that tell it best.
+
+    Central differences over ever smaller steps: two that follow each other differ by what the function bends or jumps
+    between them, and each is uncertain by rounding. The pair with the least of both decides.
+    """
+    steps = [seen.probe * 4.0**-k for k in range(SIZES)]
+    losses, rounding = walk_over_ranks(seen.line, [0.0, *steps, *(-h for h in steps)], seen.ranks)
+    here, ahead, behind = losses[0], losses[1 : SIZES + 1], losses[SIZES + 1 :]
+    slopes = [(b - a) / (2 * h) for a, b, h in zip(ahead, behind, steps, strict=True)]
+    noise = 2 * max(rounding, ordinary.rounding) * abs(here)
+    pairs = zip(slopes, slopes[1:], steps[1:], strict=False)
+    uncertain, slope = min((2 * abs(wide - near) + noise / h, near) for wide, near, h in pairs)
+    largest = max(abs(slope), abs(ordinary.numerator))
+    return not abs(slope - ordinary.numerator) > TOLERANCE * largest + uncertain
