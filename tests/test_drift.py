@@ -181,7 +181,7 @@ def differing(training: Training, what: str) -> None:
     elif what == "the base learning rates":
         scheduler.base_lrs[0] += here
     elif what == "the companions' state":
-        scheduler.companions[-1].updates += here
+        next(c for c in scheduler.companions if isinstance(c, gen.Verification)).updates += here
     elif what == "ratios":
         scheduler.state = state._replace(groups=GroupMemory([1.0, 0.5 + 0.1 * here], [0.0] * 2, [[0.0] * 2] * 2))
     else:

@@ -352,6 +352,8 @@ def test_settings_that_differ_are_told_at_the_first_step(pool: Callable[[int], P
 
 floats = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1e-38, 1e38, math.nan, math.inf, -math.inf]))
 CALLS = ["step", "step twice", "skip backward", "optimizer first", "micro-batches", "closure", "add a group"]
+# On ranks, a step before the gradients are averaged takes the replicas apart: it is refused, but too late for them.
+ON_RANKS = ["step", "step twice", "skip backward", "micro-batches", "closure"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -426,7 +428,7 @@ def many_drives() -> list[list[float]]:
     special = [0.0, 1.0, -3.0, 0.5, 2.0, 7.0, 1e20, math.nan]
     found = []
     for _ in range(20):
-        sequence = [(calls.choice(CALLS[:-1]), numbers.choice(special), numbers.choice(special)) for _ in range(4)]
+        sequence = [(calls.choice(ON_RANKS), numbers.choice(special), numbers.choice(special)) for _ in range(4)]
         curvature, auto, every = calls.choice(["exact", "forward"]), calls.random() < 0.5, calls.choice([1, 2])
         found.append(drive(sequence, curvature, auto, False, every))
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_dist.line.line import ROUNDINGS_OF_LOSS, Line, noting_precision
-from gen_dist.line.measurement import inner_products, raise_together
+from gen_dist.line.measurement import inner_products
 from gen_dist.parallel import Ranks, local
 from gen_dist.restore import forward_state_kept, gradients_aside
 
@@ -36,17 +36,21 @@ class Ordinary(NamedTuple):
     scale: float
 
 
-def by_backward(line: Line, ranks: Ranks) -> Ordinary:
+def by_backward(line: Line, ranks: Ranks) -> Ordinary | None:
     """Run the model forward and backward on the line's data. Collective; changes nothing.
 
-    Costs one training step, the memory of one more gradient, and on plain replicas and DDP one reduction of it. Raises
-    on every rank what went wrong on any.
+    Costs one training step, the memory of one more gradient, and on plain replicas and DDP one reduction of it. Returns
+    None where that cannot be done: a trainer forbids calls of `backward()`, or shards meet in the forward pass and a
+    rank has no data.
     """
     layout, data, count = line.layout, line.data, max(len(line.data.micro_batches), 1)
     parameters = [*dict.fromkeys([*(p for p, _ in line.direction.items()), *layout.model.parameters()])]
     total_weight = ranks.sum(torch.tensor(data.weight, dtype=torch.float64)).item()
     share = data.weight * ranks.size / total_weight if total_weight else 0.0  # the ranks' gradients are averaged evenly
-    failure: Exception | None = None
+    without_data = data.weight == 0 or not data.micro_batches
+    if layout.forward_communicates and ranks.any(torch.tensor(without_data)).item():
+        return None
+    failed = False
     loss, rounding, drawn = torch.zeros(1, dtype=torch.float64), 0.0, False
     with (
         layout.without_wrappers(),
@@ -55,7 +59,7 @@ def by_backward(line: Line, ranks: Ranks) -> Ordinary:
     ):
         try:
             with torch.enable_grad(), noting_precision(layout) as roundings:
-                for each in data.micro_batches:
+                for each in () if without_data else data.micro_batches:  # the mean of nothing is NaN
                     value = each.loss()
                     if value.requires_grad:  # otherwise it does not depend on the weights
                         (value * (share / count)).backward()
@@ -63,11 +67,12 @@ def by_backward(line: Line, ranks: Ranks) -> Ordinary:
                     rounding = max(rounding, *roundings, ROUNDINGS_OF_LOSS * torch.finfo(value.dtype).eps)
             drawn = restart()
             layout.reshard()
-        except Exception as error:
+        except Exception:
             if layout.forward_communicates:  # the others wait for this rank there
                 raise
-            failure = error
-        raise_together(failure, ranks)
+            failed = True
+        if ranks.any(torch.tensor(failed)).item():
+            return None
         layout.average_local_gradients(parameters, ranks)
         gradient = {p: p.grad for p in parameters if p.grad is not None}
         for parameter, _ in line.direction.items():
