@@ -5,11 +5,16 @@ Checked on torch 2.6.0, 2.13.0 and 2.14.1. If a new version of PyTorch breaks so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
+import torch.nn.utils.parametrize
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves as tree_leaves  # torch 2.6 has no public ones
@@ -206,9 +211,112 @@ def is_composite(operator: Operator) -> bool:
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
-def autograd_function_of(context: object) -> type | None:
-    """The `autograd.Function` that was given this `ctx`, or None for any other object. Only `ctx` knows its class."""
-    if not isinstance(context, torch.autograd.function.BackwardCFunction):
-        return None
-    function: type = type(context)._forward_cls  # type: ignore[attr-defined]
-    return function
+def base_of(tensor: Tensor) -> Tensor:
+    """What the tensor is a view of, itself if it is none."""
+    base: Tensor | None = tensor._base
+    return tensor if base is None else base
+
+
+transforms_are_active = torch._C._are_functorch_transforms_active
+"""Whether a transform of `torch.func` runs now. It wraps tensors at a level of its own."""
+
+
+def transform_level() -> int:
+    """How many transforms of `torch.func` run inside each other now."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def is_wrapped_by_a_transform(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` has wrapped the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def replace_what_transforms_wrap(replaced: Callable[[Any], Any] | None) -> None:
+    """Make the transforms of `torch.func` wrap `replaced(x)` in place of a tensor `x`; None ends it.
+
+    They wrap by two C functions, which no function mode sees.
+    """
+    for module, name, wrap in _wrapping:
+        if replaced is None:
+            setattr(module, name, wrap)
+        else:
+            setattr(module, name, functools.partial(_wrap_replaced, wrap, replaced))
+
+
+def _wrap_replaced(wrap: Callable[..., Any], replaced: Callable[[Any], Any], tensor: Any, *args: Any) -> Any:
+    return wrap(replaced(tensor), *args)
+
+
+_wrapping: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch._functorch.eager_transforms, "_wrap_for_grad", torch._functorch.eager_transforms._wrap_for_grad),
+    (torch._functorch.vmap, "_add_batch_dim", torch._functorch.vmap._add_batch_dim),
+]
+
+
+# `Function.apply` calls this first, whether it is looked up in the class or was kept in a variable before.
+_is_setup_context_defined = torch.autograd.function._is_setup_context_defined
+
+
+def watch_autograd_functions(watcher: Callable[[type, Any], None] | None) -> None:
+    """Call `watcher(function, arguments)` before the forward of every `autograd.Function`; None ends it."""
+
+    def watched(setup_context: Any) -> Any:
+        given = sys._getframe(1).f_locals
+        watcher(given["cls"], (given["args"], given["kwargs"]))  # type: ignore[misc]
+        return _is_setup_context_defined(setup_context)
+
+    torch.autograd.function._is_setup_context_defined = _is_setup_context_defined if watcher is None else watched
+
+
+# `backward()` in all its forms calls this, and so does `torch.autograd.grad`.
+_run_backward = torch.autograd._engine_run_backward
+
+
+def watch_backward(watcher: Callable[[], None] | None) -> None:
+    """Call `watcher()` before each `backward()`, which accumulates gradients in tensors; None ends it."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("accumulate_grad"):
+            watcher()  # type: ignore[misc]
+        return _run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = _run_backward if watcher is None else watched
+
+
+def running_autograd_function() -> type | None:
+    """The `autograd.Function` whose forward is running, the innermost one. Only the call of `apply` knows it."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is apply:
+            function: type = frame.f_locals["cls"]
+            return function
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_called_by_checkpoint() -> bool:
+    """Whether reentrant checkpointing disables gradients now, which it does while it runs the user's code."""
+    forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(6):
+        if frame is not None and frame.f_code is not forward:
+            frame = frame.f_back
+    return frame is not None and frame.f_code is forward
+
+
+backward_hook_function = torch.nn.modules._functions.BackwardHookFunction
+"""The `autograd.Function` that a module with a full backward hook sends its inputs and outputs through."""
+
+pad_packed_sequence = torch._VF._pad_packed_sequence
+"""What `torch.nn.utils.rnn.pad_packed_sequence` calls."""
+
+
+def parametrization_cache() -> dict[Any, Any]:
+    """The weights that `torch.nn.utils.parametrize.cached()` keeps, computed from the parameters as they were."""
+    return torch.nn.utils.parametrize._cache
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs the module. It reads the weights where no function mode sees them."""
+    return isinstance(module, torch.jit.ScriptModule)

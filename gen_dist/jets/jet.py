@@ -22,6 +22,7 @@ __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_onl
 Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
+_stopping: ContextVar[bool] = ContextVar("stopping", default=False)
 
 
 class UnsupportedOperation(NotImplementedError):
@@ -145,6 +146,30 @@ class Jet(Tensor):
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
     """Return `(x, x', x'')` for a jet, and `(x, None, None)` for anything else."""
     return (x.value, *x.current()) if isinstance(x, Jet) else (x, None, None)
+
+
+def moves(x: Any) -> bool:
+    """Whether `x` is a jet with a velocity or an acceleration."""
+    return isinstance(x, Jet) and x.current() != (None, None)
+
+
+def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
+    """Return `x` as a constant along the line. With `wrapped`, any tensor may have a jet inside, else subclasses may."""
+    if isinstance(x, Jet):
+        return x.value
+    if not wrapped and type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    token = _stopping.set(True)
+    try:
+        result: Tensor = torch.ops.aten.alias(x)  # comes through all wrappers to the jet
+        return result
+    finally:
+        _stopping.reset(token)
+
+
+def stops_derivatives() -> bool:
+    """Whether `without_derivatives` asks for an alias."""
+    return _stopping.get()
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:

@@ -55,7 +55,7 @@ LINEAR = frozenset(
     "alias detach lift_fresh clone contiguous _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
     "expand squeeze unsqueeze slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk "
     "unbind diagonal narrow unfold as_strided flip roll rot90 repeat repeat_interleave tril triu trace diag_embed cat "
-    "stack index index_select gather take masked_select embedding sum mean nansum cumsum neg constant_pad_nd "
+    "stack index index_select gather take masked_select sum mean nansum cumsum neg constant_pad_nd "
     "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
@@ -140,8 +140,11 @@ def decomposition(operator: Operator) -> Callable[..., Any] | None:
 
     def apply(_: Operator, *args: Any, **kwargs: Any) -> Any:
         try:
-            return steps(*args, **kwargs)
+            result = steps(*args, **kwargs)
         except UnsupportedOperation as error:  # it names a step, which the user does not know
             raise UnsupportedOperation(operator) from error
+        if result is NotImplemented:
+            raise UnsupportedOperation(operator)
+        return result
 
     return apply
