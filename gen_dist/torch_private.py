@@ -9,7 +9,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -286,23 +285,22 @@ def watch_backward(watcher: Callable[[], None] | None) -> None:
 def running_autograd_function() -> type | None:
     """The `autograd.Function` whose forward is running, the innermost one. Only the call of `apply` knows it."""
     apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is apply:
-            function: type = frame.f_locals["cls"]
-            return function
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not apply:
+        frame = frame.f_back
+    return frame and cast(type, frame.f_locals["cls"])
 
 
 def is_called_by_checkpoint() -> bool:
     """Whether reentrant checkpointing disables gradients now, which it does while it runs the user's code."""
-    forward = torch.utils.checkpoint.CheckpointFunction.forward.__code__
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(6):
-        if frame is not None and frame.f_code is not forward:
-            frame = frame.f_back
-    return frame is not None and frame.f_code is forward
+    frame: Any = sys._getframe(1)
+    while frame.f_globals["__name__"] in _SWITCHING:
+        frame = frame.f_back
+    return bool(frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__)
+
+
+_SWITCHING = ("gen_dist.jets.mode", "torch.autograd.grad_mode")
+"""The modules between a program that switches gradients and a mode that asks who did."""
 
 
 backward_hook_function = torch.nn.modules._functions.BackwardHookFunction

@@ -154,7 +154,7 @@ def moves(x: Any) -> bool:
 
 
 def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
-    """Return `x` as a constant along the line. With `wrapped`, any tensor may have a jet inside, else subclasses may."""
+    """Return `x` as a constant along the line. With `wrapped`, any tensor may hold a jet, else a subclass."""
     if isinstance(x, Jet):
         return x.value
     if not wrapped and type(x) in (Tensor, torch.nn.Parameter):

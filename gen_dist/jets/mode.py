@@ -105,10 +105,10 @@ class JetMode(TorchFunctionMode):
             return function(*values(args), **values(kwargs))
         if function in ANSWERS:
             return ANSWERS[function](function, given, *args, **kwargs)
-        if function in _detach or self._stops(args, kwargs):
-            return function(*self._constant(args), **self._constant(kwargs))
         if function is torch.autograd.grad:
             return self._gradient(*args, **kwargs)
+        if function in _detach or self._stops(args, kwargs):
+            return function(*self._constant(args), **self._constant(kwargs))
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
         return self._run(REPLACEMENTS.get(function, function), args, kwargs)
@@ -203,8 +203,13 @@ class JetMode(TorchFunctionMode):
         switch, and derivatives do not stop there.
         """
         before = torch.is_grad_enabled()
-        if not enabled and not before and not self.stopped and is_called_by_checkpoint():
-            enabled = True  # the user's code may stop derivatives itself, which could not be told otherwise
+        if not enabled and not self.stopped and is_called_by_checkpoint():
+            # Gradients stay enabled while it runs the user's code, which may enter `no_grad` regions of its own.
+            if before:
+                self._outer.pop()
+            else:
+                self._outer.append(True)
+            return set_grad_enabled(not before)
         if enabled and not before:
             self._outer.append(self.stopped)
             # a transform of torch.func enables gradients for itself, inside a `no_grad` region too
@@ -237,7 +242,7 @@ class JetMode(TorchFunctionMode):
         if not follows and not self.tracks:
             raise NeedsGraph("this loss takes a gradient of its own with respect to weights or activations")
         result = self._run(torch.autograd.grad, (outputs, inputs, *args), {**kwargs, "create_graph": create_graph})
-        return result if create_graph else self._constant(result)
+        return result if create_graph and not self._stops((), {}) else self._constant(result)
 
 
 def _is_plain_subclass(kind: Any) -> bool:

@@ -41,7 +41,7 @@ CONSTANT = frozenset(
     "trunc floor_divide logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
     "_local_scalar_dense bernoulli multinomial heaviside searchsorted bucketize one_hot zero item isclose allclose "
     "is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel sym_storage_offset "
-    "_assert_tensor_metadata _assert_async".split()
+    "_assert_tensor_metadata _assert_async _has_same_storage_numel".split()
 )
 
 # The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.
@@ -71,7 +71,7 @@ def linear(operator: Operator) -> Callable[..., Any]:
         refuse_jets(operator, (*args, *kwargs.values()))
         value = operator(_part(x, 0), *args, **kwargs)
         if isinstance(value, Tensor):
-            if not (value.is_floating_point() or value.is_complex()):
+            if value.is_meta or not (value.is_floating_point() or value.is_complex()):
                 return value
             velocity, acceleration = (_of_part(operator, _part(x, k), args, kwargs) for k in (1, 2))
             return as_jet(value, velocity, acceleration)
