@@ -252,19 +252,35 @@ _wrapping: list[tuple[Any, str, Callable[..., Any]]] = [
 ]
 
 
-# `Function.apply` calls this first, whether it is looked up in the class or was kept in a variable before.
-_is_setup_context_defined = torch.autograd.function._is_setup_context_defined
+Forward = Callable[..., Any]
 
 
-def watch_autograd_functions(watcher: Callable[[type, Any], None] | None) -> None:
-    """Call `watcher(function, arguments)` before the forward of every `autograd.Function`; None ends it."""
+def watch_autograd_functions(watcher: Callable[[type, Forward, Any, Any], Any] | None) -> None:
+    """Call `watcher(function, forward, args, kwargs)` in place of the forward of every `autograd.Function`.
 
-    def watched(setup_context: Any) -> Any:
-        given = sys._getframe(1).f_locals
-        watcher(given["cls"], (given["args"], given["kwargs"]))  # type: ignore[misc]
-        return _is_setup_context_defined(setup_context)
+    None ends it. C++ code calls the forward, however the function is written and applied. It looks it up in the class.
+    """
+    if watcher is None:
+        if "__getattribute__" in vars(_FunctionMeta):
+            del _FunctionMeta.__getattribute__
+        return
 
-    torch.autograd.function._is_setup_context_defined = _is_setup_context_defined if watcher is None else watched
+    def attribute(function: type, name: str) -> Any:
+        found = type.__getattribute__(function, name)
+        return _watched(watcher, function, found) if name == "forward" else found
+
+    _FunctionMeta.__getattribute__ = attribute
+
+
+_FunctionMeta: Any = torch.autograd.function.FunctionMeta
+
+
+def _watched(watcher: Callable[[type, Forward, Any, Any], Any], function: type, forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return watcher(function, forward, args, kwargs)
+
+    return run
 
 
 # `backward()` in all its forms calls this, and so does `torch.autograd.grad`.
@@ -282,22 +298,15 @@ def watch_backward(watcher: Callable[[], None] | None) -> None:
     torch.autograd._engine_run_backward = _run_backward if watcher is None else watched
 
 
-def running_autograd_function() -> type | None:
-    """The `autograd.Function` whose forward is running, the innermost one. Only the call of `apply` knows it."""
-    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code is not apply:
-        frame = frame.f_back
-    return frame and cast(type, frame.f_locals["cls"])
-
-
 def is_called_by_checkpoint() -> bool:
     """Whether reentrant checkpointing disables gradients now, which it does while it runs the user's code."""
     frame: Any = sys._getframe(1)
     while frame.f_globals["__name__"] in _SWITCHING:
         frame = frame.f_back
-    return bool(frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__)
+    return bool(frame.f_code is _checkpoint)
 
+
+_checkpoint = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 
 _SWITCHING = ("gen_dist.jets.mode", "torch.autograd.grad_mode")
 """The modules between a program that switches gradients and a mode that asks who did."""

@@ -547,7 +547,7 @@ def through(function: Callable[[Tensor], Tensor]) -> Loss:
 FUNCTIONS: dict[str, tuple[str, Loss]] = {
     "old style": ("OldStyle", through(OldStyle.apply)),
     "new style": ("NewStyle", through(NewStyle.apply)),
-    "new style with arguments": ("NewStyle", through(lambda h: NewStyle.apply(h, scale=2.0))),
+    "new style with an argument": ("NewStyle", through(lambda h: NewStyle.apply(h, 2.0))),
     "returns its input": ("Identity", through(Identity.apply)),
     "kept in a variable": ("Identity", through(kept)),
     "detaches": ("Detached", through(Detached.apply)),
@@ -647,12 +647,13 @@ def test_a_custom_function_of_constants_is_no_matter() -> None:
     assert_right(model, lambda: mse(model(OldStyle.apply(x)), NewStyle.apply(y)), d)
 
 
-def test_a_custom_function_whose_result_is_stopped_is_no_matter() -> None:
+@pytest.mark.parametrize("function", ["OldStyle", "Identity", "NewStyle"])
+def test_a_custom_function_whose_result_is_stopped_is_no_matter(function: str) -> None:
     model, x, y, d = problem()
 
     def loss() -> Tensor:
         with torch.no_grad():
-            target = OldStyle.apply(model(x))
+            target = globals()[function].apply(model(x))
         return mse(model(x), target + y)
 
     assert_right(model, loss, d)

@@ -20,7 +20,6 @@ from gen_dist.torch_private import (
     is_wrapped_by_a_transform,
     recurrent_kernels,
     replace_what_transforms_wrap,
-    running_autograd_function,
     set_grad_enabled,
     transform_level,
     transforms_are_active,
@@ -64,7 +63,8 @@ class JetMode(TorchFunctionMode):
         self._level = 0  # how many transforms of torch.func there were when it entered that region
         self._outer: list[bool] = []
         self._adopted = Adopted()
-        self._entered: set[Callable[..., Any]] = set()
+        self._entered: set[Callable[..., Any]] = set()  # functions whose bodies run
+        self._functions: list[type] = []  # autograd.Functions whose forward runs
 
     def __enter__(self) -> JetMode:
         # With gradients enabled here, a switch to disabled comes from the program. Autograd records next to nothing,
@@ -75,7 +75,7 @@ class JetMode(TorchFunctionMode):
             for jet in self.table.values():
                 if moves(jet):
                     jet.requires_grad_()
-        watch_autograd_functions(self._enter_autograd_function)
+        watch_autograd_functions(self._forward)
         watch_backward(_refuse_backward)
         replace_what_transforms_wrap(self._replaced)
         super().__enter__()
@@ -179,10 +179,9 @@ class JetMode(TorchFunctionMode):
         # Neither the program nor a region of it has disabled gradients: an autograd.Function or PyTorch's own code has.
         if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
             return False
-        function = running_autograd_function()
-        if function is None:
+        if not self._functions:
             return True
-        _refuse_custom(function)
+        _refuse_custom(self._functions[-1])
         return False
 
     def _constant(self, arguments: Any) -> Any:
@@ -214,26 +213,30 @@ class JetMode(TorchFunctionMode):
             self._outer.append(self.stopped)
             # a transform of torch.func enables gradients for itself, inside a `no_grad` region too
             self.stopped = self.stopped and transform_level() > self._level
-            function = None if self.stopped else running_autograd_function()
-            if function is not None and not self._outer[-1]:
-                _refuse_custom(function)
+            if self._functions and not self._outer[-1]:
+                _refuse_custom(self._functions[-1])
         elif before and not enabled:
             if not self.stopped:
                 self._level = transform_level()
             self.stopped = self._outer.pop() if self._outer else True
         return set_grad_enabled(enabled)
 
-    def _enter_autograd_function(self, function: type, arguments: Any) -> None:
-        """Refuse a function whose gradient may be another one than that of its forward code, if jets enter it."""
-        if self.stopped or torch.is_inference_mode_enabled():
-            return
-        found = [self._stand_in(x) for x in _leaves(arguments) if isinstance(x, Tensor)]
-        if not any(moves(x) or is_wrapped_by_a_transform(x) for x in found):
-            return
-        if issubclass(function, backward_hook_function):
-            why = "may return another gradient than that of the forward code"
-            raise UnsupportedOperation("a full backward hook of a module", why)
-        _refuse_custom(function)
+    def _forward(self, function: type, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the forward of an autograd.Function; refuse one that may have another gradient, if jets enter it."""
+        stops = self.stopped or torch.is_inference_mode_enabled()
+        if not stops:
+            found = [self._stand_in(x) for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if any(moves(x) or is_wrapped_by_a_transform(x) for x in found):
+                if issubclass(function, backward_hook_function):
+                    why = "may return another gradient than that of the forward code"
+                    raise UnsupportedOperation("a full backward hook of a module", why)
+                _refuse_custom(function)
+        self._functions.append(function)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self._functions.pop()
+        return self._constant(result) if stops else result
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
 
