@@ -23,6 +23,7 @@ Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
 _stopping: ContextVar[bool] = ContextVar("stopping", default=False)
+_casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
 class UnsupportedOperation(NotImplementedError):
@@ -43,6 +44,24 @@ def velocity_only() -> Iterator[None]:
         yield
     finally:
         _velocity_only.reset(token)
+
+
+@contextlib.contextmanager
+def noting_casts() -> Iterator[set[torch.dtype]]:
+    """Context manager with the set of the dtypes that jets are cast to inside, as autocast does."""
+    found: set[torch.dtype] = set()
+    token = _casts.set(found)
+    try:
+        yield found
+    finally:
+        _casts.reset(token)
+
+
+def note_cast(dtype: torch.dtype) -> None:
+    """Add the dtype to the set of `noting_casts`."""
+    found = _casts.get()
+    if found is not None:
+        found.add(dtype)
 
 
 class Jet(Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ from gen_dist.torch_private import (
 
 __all__ = ["JetMode", "NeedsGraph"]
 
-_detach = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
-_grad = Tensor.grad.__get__  # type: ignore[union-attr]
+DETACH = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
+GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+SPECIAL = frozenset(
+    {*DETACH, GRAD, set_grad_enabled, torch.autograd.grad, *CONSTANTS, *ANSWERS, *REPLACEMENTS, *recurrent_kernels}
+)
 
 
 class NeedsGraph(RuntimeError):
@@ -94,24 +98,28 @@ class JetMode(TorchFunctionMode):
             set_grad_enabled(self._enabled_before)
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is set_grad_enabled:
+        special = function in SPECIAL
+        if special and function is set_grad_enabled:
             return self._switch_gradients(args[0])
         kind = getattr(function, "__name__", "")
-        if kind == "__set__" or function == _grad:  # an attribute of the tensor itself, such as `data` or `grad`
+        if kind == "__set__" or (special and function == GRAD):  # an attribute of the tensor itself
             return function(*(args[0], *values(args[1:])))
         given = args[0] if args else None
-        args, kwargs = self._replaced(args), self._replaced(kwargs or {})
-        if function in CONSTANTS:
-            return function(*values(args), **values(kwargs))
-        if function in ANSWERS:
-            return ANSWERS[function](function, given, *args, **kwargs)
-        if function is torch.autograd.grad:
-            return self._gradient(*args, **kwargs)
-        if function in _detach or self._stops(args, kwargs):
+        args, kwargs = self._replaced(args), self._replaced(kwargs) if kwargs else {}
+        if special:
+            if function in CONSTANTS:
+                return function(*values(args), **values(kwargs))
+            if function in ANSWERS:
+                return ANSWERS[function](function, given, *args, **kwargs)
+            if function is torch.autograd.grad:
+                return self._gradient(*args, **kwargs)
+        if (special and function in DETACH) or self._stops(args, kwargs):
             return function(*self._constant(args), **self._constant(kwargs))
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
-        return self._run(REPLACEMENTS.get(function, function), args, kwargs)
+        if special or type(function) is FunctionType:
+            return self._run(REPLACEMENTS.get(function, function), args, kwargs)
+        return function(*args, **kwargs)
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if function in recurrent_kernels:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
+from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, note_cast
 from gen_dist.torch_private import Operator, decompositions, is_composite, name_of, overload_name_of
 
 aten = torch.ops.aten
@@ -67,11 +67,17 @@ LINEAR = frozenset(
 def linear(operator: Operator) -> Callable[..., Any]:
     """Return the operator rule of an operator that is linear in its first argument: it maps each derivative."""
 
+    casts = name_of(operator) == "_to_copy"
+
     def apply(_: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_jets(operator, (*args, *kwargs.values()))
         value = operator(_part(x, 0), *args, **kwargs)
+        if casts:
+            note_cast(value.dtype)
+            if value.is_meta:  # the shape of a result is wanted, as `torch.func.jvp` does
+                return value
         if isinstance(value, Tensor):
-            if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+            if not (value.is_floating_point() or value.is_complex()):
                 return value
             velocity, acceleration = (_of_part(operator, _part(x, k), args, kwargs) for k in (1, 2))
             return as_jet(value, velocity, acceleration)

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from gen_dist.jets import Jet, JetMode, NeedsGraph, UnsupportedOperation, derivatives, velocity_only
+from gen_dist.jets import Jet, JetMode, NeedsGraph, UnsupportedOperation, derivatives, noting_casts, velocity_only
 from gen_dist.line.estimate import Estimate
 from gen_dist.line.line import Line
 from gen_dist.parallel import local
@@ -62,7 +62,7 @@ def _numbers(loss: Tensor) -> Tensor:
 # Models whose loss takes gradients of its own, which autograd must follow: it is tried without first.
 _needing_graph: WeakSet[nn.Module] = WeakSet()
 
-# Models that compute in float16, whose largest number is 65504: it is noted while they run for the first time.
+# Models that compute in float16, whose largest number is 65504: this is noted when they run for the first time.
 _in_half: WeakSet[nn.Module] = WeakSet()
 
 
@@ -74,12 +74,13 @@ def _estimate(line: Line, numbers: Callable[[], list[Tensor]]) -> Estimate:
     known = model in _in_half
     unit = _unit_for_half(line) if known else 1.0
     try:
-        with _noting_half(model), _carrying_jets(line, unit, tracks=model in _needing_graph):
+        with noting_casts() as casts, _carrying_jets(line, unit, tracks=model in _needing_graph):
             measured = torch.stack(numbers())
     except NeedsGraph:
         _needing_graph.add(model)
         return _estimate(line, numbers)
-    if model in _in_half and not known:
+    if torch.float16 in casts and not known:
+        _in_half.add(model)
         return _estimate(line, numbers)
     return Estimate(measured / torch.tensor([1.0, unit, unit**2], dtype=torch.float64, device=measured.device))
 
@@ -103,24 +104,6 @@ def _unit_for_half(line: Line) -> float:
     if not (0 < weights < math.inf and 0 < direction < math.inf):
         return 1.0
     return 2.0 ** round(math.log2(SHARE * weights / direction))
-
-
-@contextlib.contextmanager
-def _noting_half(model: nn.Module) -> Iterator[None]:
-    """Note whether a module runs under autocast to float16."""
-    if model in _in_half:
-        yield
-        return
-    devices = {p.device.type for p in model.parameters()}
-
-    def note(*_: object) -> None:
-        for device in devices:
-            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-                _in_half.add(model)
-
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    with restoring(handle.remove):
-        yield
 
 
 @contextlib.contextmanager
