@@ -298,6 +298,17 @@ def test_an_input_of_a_tensor_subclass() -> None:
     assert_right(model, lambda: mse(model(x.as_subclass(Plain)), y.as_subclass(Plain)), d)
 
 
+class Own(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_an_input_of_a_subclass_with_functions_of_its_own_is_refused() -> None:
+    model, x, y, d = problem()
+    assert_refused("subclass", model, lambda: mse(model(x.as_subclass(Own)), y), d)
+
+
 # ------------------------------------------------------------------------------------- gradients in the loss
 
 
@@ -444,6 +455,29 @@ def test_a_gradient_with_respect_to_an_input_marked_outside_is_carried() -> None
     model, x, y, d = problem()
     x.requires_grad_()
     assert_right(model, lambda: of_external_input(model, x, y), d)
+
+
+def test_a_gradient_penalty_of_a_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 2, padding=1), nn.Softplus(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2, groups=1, stride=1),
+        nn.LeakyReLU(0.2), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1),
+    )  # fmt: skip
+    images = torch.randn(4, 2, 7, 7)
+    d = [0.3 * torch.randn_like(p) for p in trained(model)]
+
+    def loss() -> Tensor:
+        x = images.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
+        return (g.flatten(1).norm(dim=1) - 1).pow(2).mean() + model(images).mean()
+
+    assert_right(model, loss, d)
+    assert_right(model, lambda: _weight_gradients(model, images), d)
+
+
+def _weight_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    g = torch.autograd.grad(model(x).pow(2).sum(), list(model.parameters()), create_graph=True)
+    return sum((each.pow(2).mean() for each in g), torch.zeros(()))
 
 
 @pytest.mark.parametrize("name", MAYBE_REFUSED)

@@ -119,7 +119,13 @@ class JetMode(TorchFunctionMode):
             args, kwargs = self._with_moving_targets(args, kwargs)
         if special or type(function) is FunctionType:
             return self._run(REPLACEMENTS.get(function, function), args, kwargs)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "new Tensor subclass" in str(error):  # which `Tensor.__torch_function__` makes of the result
+                what = "a tensor of a subclass with a __torch_function__ of its own"
+                raise UnsupportedOperation(what, "makes its own class of a jet") from error
+            raise
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if function in recurrent_kernels:

@@ -108,3 +108,18 @@ def _jointly_linear(*positions: int) -> Callable[..., Any]:
 rule("slice_scatter", "select_scatter", "diagonal_scatter")(_jointly_linear(0, 1))
 rule("index_put", "_unsafe_index_put", "masked_scatter")(_jointly_linear(0, 2))
 rule("index_add", "index_copy", "scatter", "scatter_add")(_jointly_linear(0, 3))
+
+
+@rule(
+    "avg_pool2d_backward",
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "max_pool2d_with_indices_backward",
+    "max_pool3d_with_indices_backward",
+    "embedding_dense_backward",
+)
+def _gradient_of_linear(operator: Operator, gradient: Any, *others: Any) -> Any:
+    """Where a loss takes a gradient itself. Of what the operator was applied to, only the shape counts."""
+    others = tuple(derivatives(x)[0] for x in others)
+    return mapped(operator(derivatives(gradient)[0], *others), lambda d: operator(d, *others), gradient)
