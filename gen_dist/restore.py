@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gen_dist.torch_private import buffers_of, foreach_copy_, local_part, set_grad_enabled
+from gen_dist.torch_private import buffers_of, foreach_copy_, local_part, parametrization_cache, set_grad_enabled
 
 __all__ = [
     "contents_kept",
@@ -135,13 +135,24 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_state_kept(model: nn.Module) -> Iterator[Restart]:
-    """Restore what a forward pass changes, buffers and random state; yields a function that does so in between."""
+    """Restore what a forward pass changes, buffers and random state; yields a function that does so in between.
+
+    Inside, weights that `parametrize.cached()` keeps are computed anew.
+    """
     names = [(module, name) for module in model.modules() for name in buffers_of(module)]
     buffers = [buffers_of(module)[name] for module, name in names]
     present = [local_part(b) for b in buffers if b is not None]
     contents = [b.clone() for b in present]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+    cached = dict(parametrization_cache())
+
+    def forget_cached() -> None:
+        parametrization_cache().clear()
+
+    def restore_cached() -> None:
+        forget_cached()
+        parametrization_cache().update(cached)
 
     def restart() -> bool:
         drawn = not torch.equal(torch.get_rng_state(), random[0]) or any(
@@ -155,7 +166,9 @@ def forward_state_kept(model: nn.Module) -> Iterator[Restart]:
         if present:
             with torch.no_grad():
                 foreach_copy_(present, contents)
+        forget_cached()
         return drawn
 
-    with restoring(restart):
+    with restoring(restore_cached), restoring(restart):
+        forget_cached()
         yield restart

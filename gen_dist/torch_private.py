@@ -5,11 +5,15 @@ Checked on torch 2.6.0, 2.13.0 and 2.14.1. If a new version of PyTorch breaks so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
+import torch.nn.utils.parametrize
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves as tree_leaves  # torch 2.6 has no public ones
@@ -219,9 +223,120 @@ def is_composite(operator: Operator) -> bool:
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
-def autograd_function_of(context: object) -> type | None:
-    """The `autograd.Function` that was given this `ctx`, or None for any other object. Only `ctx` knows its class."""
-    if not isinstance(context, torch.autograd.function.BackwardCFunction):
-        return None
-    function: type = type(context)._forward_cls  # type: ignore[attr-defined]
-    return function
+def base_of(tensor: Tensor) -> Tensor:
+    """What the tensor is a view of, itself if it is none."""
+    base: Tensor | None = tensor._base
+    return tensor if base is None else base
+
+
+transforms_are_active = torch._C._are_functorch_transforms_active
+"""Whether a transform of `torch.func` runs now. It wraps tensors at a level of its own."""
+
+
+def transform_level() -> int:
+    """How many transforms of `torch.func` run inside each other now."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def is_wrapped_by_a_transform(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` has wrapped the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def replace_what_transforms_wrap(replaced: Callable[[Any], Any] | None) -> None:
+    """Make the transforms of `torch.func` wrap `replaced(x)` in place of a tensor `x`; None ends it.
+
+    They wrap by two C functions, which no function mode sees.
+    """
+    for module, name, wrap in _wrapping:
+        if replaced is None:
+            setattr(module, name, wrap)
+        else:
+            setattr(module, name, functools.partial(_wrap_replaced, wrap, replaced))
+
+
+def _wrap_replaced(wrap: Callable[..., Any], replaced: Callable[[Any], Any], tensor: Any, *args: Any) -> Any:
+    return wrap(replaced(tensor), *args)
+
+
+_wrapping: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch._functorch.eager_transforms, "_wrap_for_grad", torch._functorch.eager_transforms._wrap_for_grad),
+    (torch._functorch.vmap, "_add_batch_dim", torch._functorch.vmap._add_batch_dim),
+]
+
+
+Forward = Callable[..., Any]
+
+
+def watch_autograd_functions(watcher: Callable[[type, Forward, Any, Any], Any] | None) -> None:
+    """Call `watcher(function, forward, args, kwargs)` in place of the forward of every `autograd.Function`.
+
+    None ends it. C++ code calls the forward, however the function is written and applied. It looks it up in the class.
+    """
+    if watcher is None:
+        if "__getattribute__" in vars(_FunctionMeta):
+            del _FunctionMeta.__getattribute__
+        return
+
+    def attribute(function: type, name: str) -> Any:
+        found = type.__getattribute__(function, name)
+        return _watched(watcher, function, found) if name == "forward" else found
+
+    _FunctionMeta.__getattribute__ = attribute
+
+
+_FunctionMeta: Any = torch.autograd.function.FunctionMeta
+
+
+def _watched(watcher: Callable[[type, Forward, Any, Any], Any], function: type, forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return watcher(function, forward, args, kwargs)
+
+    return run
+
+
+# `backward()` in all its forms calls this, and so does `torch.autograd.grad`.
+_run_backward = torch.autograd._engine_run_backward
+
+
+def watch_backward(watcher: Callable[[], None] | None) -> None:
+    """Call `watcher()` before each `backward()`, which accumulates gradients in tensors; None ends it."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("accumulate_grad"):
+            watcher()  # type: ignore[misc]
+        return _run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = _run_backward if watcher is None else watched
+
+
+def is_called_by_checkpoint() -> bool:
+    """Whether reentrant checkpointing disables gradients now, which it does while it runs the user's code."""
+    frame: Any = sys._getframe(1)
+    while frame.f_globals["__name__"] in _SWITCHING:
+        frame = frame.f_back
+    return bool(frame.f_code is _checkpoint)
+
+
+_checkpoint = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+_SWITCHING = ("gen_dist.jets.mode", "torch.autograd.grad_mode")
+"""The modules between a program that switches gradients and a mode that asks who did."""
+
+
+backward_hook_function = torch.nn.modules._functions.BackwardHookFunction
+"""The `autograd.Function` that a module with a full backward hook sends its inputs and outputs through."""
+
+pad_packed_sequence = torch._VF._pad_packed_sequence
+"""What `torch.nn.utils.rnn.pad_packed_sequence` calls."""
+
+
+def parametrization_cache() -> dict[Any, Any]:
+    """The weights that `torch.nn.utils.parametrize.cached()` keeps, computed from the parameters as they were."""
+    return torch.nn.utils.parametrize._cache
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs the module. It reads the weights where no function mode sees them."""
+    return isinstance(module, torch.jit.ScriptModule)

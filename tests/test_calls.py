@@ -98,11 +98,8 @@ def test_other_gradients_may_come_after_a_step_without_the_scheduler() -> None:
     assert loop.scheduler.last is not None
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("clears", [True, False])
-def test_a_closure_that_calls_backward(curvature: str, clears: bool) -> None:
+def backward_closure(loop: Loop, clears: bool) -> Callable[[], Tensor]:
     """As LBFGS and Lightning's optimizers want it."""
-    loop = Loop(curvature)
 
     def closure() -> Tensor:
         if clears:
@@ -111,9 +108,29 @@ def test_a_closure_that_calls_backward(curvature: str, clears: bool) -> None:
         loss.backward()
         return loss
 
+    return closure
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_closure_that_calls_backward_is_refused_by_exact(clears: bool) -> None:
+    loop = Loop()
+    closure = backward_closure(loop, clears)
     closure()
     with pytest.raises(ValueError, match=r"calls backward.*returns the loss alone"):
         loop.scheduler.step(closure=closure)
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_closure_that_calls_backward_changes_nothing_under_forward(clears: bool) -> None:
+    loop, twin = Loop("forward"), Loop("forward")
+    closure = backward_closure(loop, clears)
+    closure()
+    gradients = [p.grad.clone() for p in loop.model.parameters() if p.grad is not None]
+    loop.scheduler.step(closure=closure)
+    twin.backward()
+    twin.update()
+    assert loop.scheduler.last == twin.scheduler.last
+    assert all(torch.equal(p.grad, g) for p, g in zip(loop.model.parameters(), gradients, strict=True))  # type: ignore[arg-type]
 
 
 def test_a_step_without_arguments_names_the_integrations() -> None:

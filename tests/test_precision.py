@@ -90,6 +90,35 @@ def autocast_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return criterion(model(x), y)
 
 
+# ------------------------------------------------------------------------------------------------- float16
+
+
+@pytest.mark.parametrize("curvature", ["exact", "gauss-newton"])
+@pytest.mark.parametrize("how", ["around the step", "in the model"])
+def test_float16_numbers_along_a_direction_of_large_entries(how: str, curvature: str) -> None:
+    """Adam's first direction is about 1 in every weight: unscaled, accelerations pass 65504, the largest number."""
+
+    class Autocast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.float16, enabled=how == "in the model" and self.training):
+                return super().forward(x)
+
+    model = Autocast(*(layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.LayerNorm(512), nn.GELU())))
+    x, y = torch.randn(8, 512), torch.randint(0, 512, (8,))
+    numbers = []
+    for half in (False, True):
+        weights = copy.deepcopy(model).train(half)
+        criterion(weights(x), y).backward()
+        optimizer = gen.make_gen_optimizer(torch.optim.AdamW, weights.parameters(), lr=1e-3)
+        scheduler = gen.GenScheduler(optimizer, weights, criterion, curvature=curvature)
+        with torch.autocast("cpu", torch.float16, enabled=half and how == "around the step"):
+            for _ in range(2):
+                scheduler.step(x, y)
+        assert scheduler.last is not None
+        numbers.append((scheduler.last.numerator, scheduler.last.denominator))
+    assert numbers[1] == pytest.approx(numbers[0], rel=0.1)
+
+
 # ------------------------------------------------------------------------------------- float16 with a scaler
 
 

@@ -45,8 +45,17 @@ The modules in `gen_dist.jets.rules` hold the operator rules of PyTorch's own op
 """
 
 from gen_dist.jets import dispatch, rules  # noqa: F401 - imported to register the operator rules
-from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, velocity_only
-from gen_dist.jets.mode import JetMode
+from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, noting_casts, velocity_only
+from gen_dist.jets.mode import JetMode, NeedsGraph
 from gen_dist.jets.registry import rule
 
-__all__ = ["Jet", "JetMode", "UnsupportedOperation", "derivatives", "rule", "velocity_only"]
+__all__ = [
+    "Jet",
+    "JetMode",
+    "NeedsGraph",
+    "UnsupportedOperation",
+    "derivatives",
+    "noting_casts",
+    "rule",
+    "velocity_only",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, shaped_like, values
+from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
 from gen_dist.jets.registry import (
     CHOSEN,
     CONSTANT,
@@ -89,8 +89,12 @@ def _skipping_constants(operator: Operator, rule: Callable[..., Any]) -> Callabl
 def _view(operator: Operator) -> Callable[..., Any]:
     """A view of a jet: views of its value and of its derivatives, with a reference to their source."""
 
+    alias = name_of(operator) == "alias"
+
     def apply(source: Any, *args: Any, **kwargs: Any) -> Any:
         value = operator(source.value, *args, **kwargs)
+        if alias and stops_derivatives():
+            return value
 
         def jet(value: Tensor, index: int | None) -> Jet:
             def view(x: Tensor) -> Tensor:

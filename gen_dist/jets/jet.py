@@ -22,6 +22,8 @@ __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_onl
 Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
+_stopping: ContextVar[bool] = ContextVar("stopping", default=False)
+_casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
 class UnsupportedOperation(NotImplementedError):
@@ -42,6 +44,24 @@ def velocity_only() -> Iterator[None]:
         yield
     finally:
         _velocity_only.reset(token)
+
+
+@contextlib.contextmanager
+def noting_casts() -> Iterator[set[torch.dtype]]:
+    """Context manager with the set of the dtypes that jets are cast to inside, as autocast does."""
+    found: set[torch.dtype] = set()
+    token = _casts.set(found)
+    try:
+        yield found
+    finally:
+        _casts.reset(token)
+
+
+def note_cast(dtype: torch.dtype) -> None:
+    """Add the dtype to the set of `noting_casts`."""
+    found = _casts.get()
+    if found is not None:
+        found.add(dtype)
 
 
 class Jet(Tensor):
@@ -145,6 +165,30 @@ class Jet(Tensor):
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
     """Return `(x, x', x'')` for a jet, and `(x, None, None)` for anything else."""
     return (x.value, *x.current()) if isinstance(x, Jet) else (x, None, None)
+
+
+def moves(x: Any) -> bool:
+    """Whether `x` is a jet with a velocity or an acceleration."""
+    return isinstance(x, Jet) and x.current() != (None, None)
+
+
+def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
+    """Return `x` as a constant along the line. With `wrapped`, any tensor may hold a jet, else a subclass."""
+    if isinstance(x, Jet):
+        return x.value
+    if not wrapped and type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    token = _stopping.set(True)
+    try:
+        result: Tensor = torch.ops.aten.alias(x)  # comes through all wrappers to the jet
+        return result
+    finally:
+        _stopping.reset(token)
+
+
+def stops_derivatives() -> bool:
+    """Whether `without_derivatives` asks for an alias."""
+    return _stopping.get()
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:

@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, values
-from gen_dist.torch_private import active_function_modes, autograd_function_of, recurrent_kernels, set_grad_enabled
+from gen_dist.jets.adopted import Adopted
+from gen_dist.jets.bodies import body_of
+from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values, without_derivatives
+from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
+from gen_dist.torch_private import (
+    active_function_modes,
+    backward_hook_function,
+    is_called_by_checkpoint,
+    is_wrapped_by_a_transform,
+    recurrent_kernels,
+    replace_what_transforms_wrap,
+    set_grad_enabled,
+    transform_level,
+    transforms_are_active,
+    watch_autograd_functions,
+    watch_backward,
+)
 
-__all__ = ["JetMode"]
+__all__ = ["JetMode", "NeedsGraph"]
 
-_detach = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
+DETACH = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
+GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+SPECIAL = frozenset(
+    {*DETACH, GRAD, set_grad_enabled, torch.autograd.grad, *CONSTANTS, *ANSWERS, *REPLACEMENTS, *recurrent_kernels}
+)
+
+
+class NeedsGraph(RuntimeError):
+    """The program takes a gradient with respect to something that autograd has not followed.
+
+    Raised by a `JetMode` with `tracks=False`: run the program again with `tracks=True`.
+    """
 
 
 class JetMode(TorchFunctionMode):
     """Context manager in which functions receive `table[id(tensor)]` in place of each tensor that the table lists.
 
     Modules are not changed, and weights that the loss uses outside of a module are replaced too. As in autograd,
-    `detach` and `torch.no_grad` stop derivatives. The caller need not enable gradients, and autograd records no graph.
+    `detach`, `torch.no_grad` and `torch.inference_mode` stop derivatives. The caller need not enable gradients.
 
-    A custom `torch.autograd.Function` raises `UnsupportedOperation`, since its forward code and the gradient that it
-    defines may disagree.
+    A program may take gradients itself, by `torch.func` or `torch.autograd.grad`: the result is a jet. Autograd records
+    only what depends on tensors that the program itself has marked by `requires_grad_`. A program that needs more
+    raises `NeedsGraph`; with `tracks`, autograd records all that depends on weights, which takes the memory of a
+    training step.
+
+    What defines another gradient than that of the forward code raises `UnsupportedOperation`: a custom
+    `torch.autograd.Function`, and a backward hook.
     """
 
-    def __init__(self, table: dict[int, Tensor]) -> None:
+    def __init__(self, table: dict[int, Tensor], tracks: bool = False) -> None:
         super().__init__()
         self.table = table
+        self.tracks = tracks
         self.stopped = False  # whether the program is inside a `no_grad` region of its own
+        self._level = 0  # how many transforms of torch.func there were when it entered that region
         self._outer: list[bool] = []
+        self._adopted = Adopted()
+        self._entered: set[Callable[..., Any]] = set()  # functions whose bodies run
+        self._functions: list[type] = []  # autograd.Functions whose forward runs
 
     def __enter__(self) -> JetMode:
-        # With gradients enabled here, a switch to disabled comes from the program. No tensor requires a gradient, so
-        # autograd records nothing.
+        # With gradients enabled here, a switch to disabled comes from the program. Autograd records next to nothing,
+        # since jets require no gradient.
         self._enabled_before = torch.is_grad_enabled()
         set_grad_enabled(True)
+        if self.tracks:
+            for jet in self.table.values():
+                if moves(jet):
+                    jet.requires_grad_()
+        watch_autograd_functions(self._forward)
+        watch_backward(_refuse_backward)
+        replace_what_transforms_wrap(self._replaced)
         super().__enter__()
         return self
 
@@ -47,64 +90,196 @@ class JetMode(TorchFunctionMode):
 
     def leave(self) -> None:
         """Exit the mode if it is active."""
+        watch_autograd_functions(None)
+        watch_backward(None)
+        replace_what_transforms_wrap(None)
         if self in active_function_modes():
             super().__exit__(None, None, None)
             set_grad_enabled(self._enabled_before)
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is set_grad_enabled:
-            self._note_grad_mode(args[0])
-            return function(*args)
+        special = function in SPECIAL
+        if special and function is set_grad_enabled:
+            return self._switch_gradients(args[0])
         kind = getattr(function, "__name__", "")
-        if kind == "__set__" or (kind == "__get__" and function not in _detach and id(args[0]) not in self.table):
-            return function(*args)  # an attribute of the tensor itself, such as `data` or `grad`
-        args, kwargs = self._replaced(args), self._replaced(kwargs or {})
-        if self.stopped or function in _detach:
-            return function(*values(args), **values(kwargs))
-        if not torch.is_grad_enabled():
-            _refuse_custom_function(args, kwargs)
-        if function not in recurrent_kernels:
+        if kind == "__set__" or (special and function == GRAD):  # an attribute of the tensor itself
+            return function(*(args[0], *values(args[1:])))
+        given = args[0] if args else None
+        args, kwargs = self._replaced(args), self._replaced(kwargs) if kwargs else {}
+        if special:
+            if function in CONSTANTS:
+                return function(*values(args), **values(kwargs))
+            if function in ANSWERS:
+                return ANSWERS[function](function, given, *args, **kwargs)
+            if function is torch.autograd.grad:
+                return self._gradient(*args, **kwargs)
+        if (special and function in DETACH) or self._stops(args, kwargs):
+            return function(*self._constant(args), **self._constant(kwargs))
+        if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
+            args, kwargs = self._with_moving_targets(args, kwargs)
+        if special or type(function) is FunctionType:
+            return self._run(REPLACEMENTS.get(function, function), args, kwargs)
+        try:
             return function(*args, **kwargs)
-        # A fused recurrent kernel is one operator without an operator rule. Unfused, it is several that have one.
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        except RuntimeError as error:
+            if "new Tensor subclass" in str(error):  # which `Tensor.__torch_function__` makes of the result
+                what = "a tensor of a subclass with a __torch_function__ of its own"
+                raise UnsupportedOperation(what, "makes its own class of a jet") from error
+            raise
+
+    def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if function in recurrent_kernels:
+            # A fused recurrent kernel is one operator without an operator rule. Unfused, it is several that have one.
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                return function(*args, **kwargs)
+        body = body_of(function)
+        if body is None or function in self._entered:
             return function(*args, **kwargs)
+        self._entered.add(function)
+        super().__enter__()  # the mode sees what the body calls
+        try:
+            return body(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+            self._entered.discard(function)
+
+    # ----------------------------------------------------------------------------------- what stands for a tensor
 
     def _replaced(self, arguments: Any) -> Any:
         if isinstance(arguments, Tensor):
-            found = self.table.get(id(arguments))
-            if found is not None:
-                return found
-            return arguments.detach() if arguments.requires_grad else arguments
+            return self._stand_in(arguments)
         if type(arguments) in (tuple, list):
             return type(arguments)([self._replaced(x) for x in arguments])
         if type(arguments) is dict:
             return {key: self._replaced(x) for key, x in arguments.items()}
         return arguments
 
-    def _note_grad_mode(self, enabled: bool) -> None:
-        """Record that the program enters or leaves `no_grad` or `enable_grad`.
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        found = self.table.get(id(tensor))
+        if found is not None:
+            return found
+        kind = type(tensor)
+        if kind is Jet:
+            return tensor
+        if isinstance(tensor, nn.Parameter):
+            return tensor.detach() if tensor.requires_grad and not self.tracks else tensor
+        if kind is not Tensor and _is_plain_subclass(kind):
+            tensor = tensor.as_subclass(Tensor)  # it would turn jets into its own class
+        if self._adopted and type(tensor) is Tensor and not is_wrapped_by_a_transform(tensor):
+            found = self._adopted.find(tensor)
+        return tensor if found is None else found
+
+    def _with_moving_targets(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Let a jet stand for a plain tensor that a moving value is written into."""
+        target = kwargs["out"] if "out" in kwargs else args[0] if args else None
+        if type(target) is not Tensor or not (target.is_floating_point() or target.is_complex()):
+            return args, kwargs
+        sources = [x for x in _leaves((args, kwargs)) if moves(x)]
+        if not sources or transforms_are_active():  # which refuse to write into what they do not wrap
+            return args, kwargs
+        jet = self._adopted.adopt(target)
+        if jet.is_view and any(x.requires_grad for x in sources):
+            raise UnsupportedOperation("a write through a view in a loss that takes gradients", "cannot be followed")
+        return ((jet, *args[1:]), kwargs) if "out" not in kwargs else (args, {**kwargs, "out": jet})
+
+    # ---------------------------------------------------------------------------------- where derivatives stop
+
+    def _stops(self, args: Any, kwargs: Any) -> bool:
+        """Whether derivatives stop at this call."""
+        if torch.is_grad_enabled():
+            return torch.is_inference_mode_enabled() or (self.stopped and transforms_are_active())
+        if self.stopped or torch.is_inference_mode_enabled():
+            return True
+        # Neither the program nor a region of it has disabled gradients: an autograd.Function or PyTorch's own code has.
+        if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
+            return False
+        if not self._functions:
+            return True
+        _refuse_custom(self._functions[-1])
+        return False
+
+    def _constant(self, arguments: Any) -> Any:
+        """Return the arguments without derivatives."""
+        if isinstance(arguments, Tensor):
+            return without_derivatives(arguments, transforms_are_active())
+        if type(arguments) in (tuple, list):
+            return type(arguments)([self._constant(x) for x in arguments])
+        if type(arguments) is dict:
+            return {key: self._constant(x) for key, x in arguments.items()}
+        return arguments
+
+    def _switch_gradients(self, enabled: bool) -> Any:
+        """Switch gradients on or off, and record that the program enters or leaves `no_grad` or `enable_grad`.
 
         A switch from enabled to disabled enters a `no_grad` region or leaves an `enable_grad` region. Only switches by
         the program are seen here. PyTorch disables gradients in the forward of an autograd.Function without such a
         switch, and derivatives do not stop there.
         """
         before = torch.is_grad_enabled()
+        if not enabled and not self.stopped and is_called_by_checkpoint():
+            # Gradients stay enabled while it runs the user's code, which may enter `no_grad` regions of its own.
+            if before:
+                self._outer.pop()
+            else:
+                self._outer.append(True)
+            return set_grad_enabled(not before)
         if enabled and not before:
             self._outer.append(self.stopped)
-            self.stopped = False
+            # a transform of torch.func enables gradients for itself, inside a `no_grad` region too
+            self.stopped = self.stopped and transform_level() > self._level
+            if self._functions and not self._outer[-1]:
+                _refuse_custom(self._functions[-1])
         elif before and not enabled:
+            if not self.stopped:
+                self._level = transform_level()
             self.stopped = self._outer.pop() if self._outer else True
+        return set_grad_enabled(enabled)
+
+    def _forward(self, function: type, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the forward of an autograd.Function; refuse one that may have another gradient, if jets enter it."""
+        stops = self.stopped or torch.is_inference_mode_enabled()
+        if not stops:
+            found = [self._stand_in(x) for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if any(moves(x) or is_wrapped_by_a_transform(x) for x in found):
+                if issubclass(function, backward_hook_function):
+                    why = "may return another gradient than that of the forward code"
+                    raise UnsupportedOperation("a full backward hook of a module", why)
+                _refuse_custom(function)
+        self._functions.append(function)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self._functions.pop()
+        return self._constant(result) if stops else result
+
+    # ------------------------------------------------------------------------------- gradients that the loss takes
+
+    def _gradient(self, outputs: Any, inputs: Any, *args: Any, create_graph: bool = False, **kwargs: Any) -> Any:
+        follows = all(x.requires_grad for x in _leaves((inputs,))) and any(x.requires_grad for x in _leaves((outputs,)))
+        if not follows and not self.tracks:
+            raise NeedsGraph("this loss takes a gradient of its own with respect to weights or activations")
+        result = self._run(torch.autograd.grad, (outputs, inputs, *args), {**kwargs, "create_graph": create_graph})
+        return result if create_graph and not self._stops((), {}) else self._constant(result)
 
 
-def _refuse_custom_function(args: Any, kwargs: Any) -> None:
-    """Raise if jets have entered a custom autograd.Function: gradients are disabled, but not by the program."""
-    if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
-        return
-    for function in _running_functions():
-        # PyTorch's own functions, such as those of checkpointing and DTensor, define the gradient of their forward code
-        if not function.__module__.startswith("torch."):
-            name = f"the custom autograd.Function '{function.__name__}'"
-            raise UnsupportedOperation(name, "may define another gradient than that of its forward code")
+def _is_plain_subclass(kind: Any) -> bool:
+    """Whether a subclass of Tensor leaves all functions and operators as they are."""
+    plain: Any = Tensor
+    return (
+        getattr(kind.__torch_function__, "__func__", None) is plain.__torch_function__.__func__
+        and kind.__torch_dispatch__ is plain.__torch_dispatch__
+    )
+
+
+def _refuse_custom(function: type) -> None:
+    """Raise, unless the function is one of PyTorch's own, which define the gradient of their forward code."""
+    if not function.__module__.startswith("torch."):
+        name = f"the custom autograd.Function '{function.__name__}'"
+        raise UnsupportedOperation(name, "may define another gradient than that of its forward code")
+
+
+def _refuse_backward() -> None:
+    raise UnsupportedOperation("backward() inside the loss", "accumulates gradients that jets cannot follow")
 
 
 def _leaves(arguments: Any) -> Iterator[Any]:
@@ -115,14 +290,3 @@ def _leaves(arguments: Any) -> Iterator[Any]:
         yield from _leaves(list(arguments.values()))
     else:
         yield arguments
-
-
-def _running_functions() -> Iterator[type]:
-    """Yield the autograd.Functions whose forward is running, innermost first."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "forward":
-            function = autograd_function_of(frame.f_locals.get("ctx"))
-            if function is not None:
-                yield function
-        frame = frame.f_back  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
+from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, note_cast
 from gen_dist.torch_private import Operator, decompositions, is_composite, name_of, overload_name_of
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ CONSTANT = frozenset(
     "trunc floor_divide logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
     "_local_scalar_dense bernoulli multinomial heaviside searchsorted bucketize one_hot zero item isclose allclose "
     "is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel sym_storage_offset "
-    "_assert_tensor_metadata _assert_async".split()
+    "_assert_tensor_metadata _assert_async _has_same_storage_numel".split()
 )
 
 # The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.
@@ -55,7 +55,7 @@ LINEAR = frozenset(
     "alias detach lift_fresh clone contiguous _to_copy view _unsafe_view _reshape_alias reshape t transpose permute "
     "expand squeeze unsqueeze slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk "
     "unbind diagonal narrow unfold as_strided flip roll rot90 repeat repeat_interleave tril triu trace diag_embed cat "
-    "stack index index_select gather take masked_select embedding sum mean nansum cumsum neg constant_pad_nd "
+    "stack index index_select gather take masked_select sum mean nansum cumsum neg constant_pad_nd "
     "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
@@ -67,9 +67,15 @@ LINEAR = frozenset(
 def linear(operator: Operator) -> Callable[..., Any]:
     """Return the operator rule of an operator that is linear in its first argument: it maps each derivative."""
 
+    casts = name_of(operator) == "_to_copy"
+
     def apply(_: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_jets(operator, (*args, *kwargs.values()))
         value = operator(_part(x, 0), *args, **kwargs)
+        if casts:
+            note_cast(value.dtype)
+            if value.is_meta:  # the shape of a result is wanted, as `torch.func.jvp` does
+                return value
         if isinstance(value, Tensor):
             if not (value.is_floating_point() or value.is_complex()):
                 return value
@@ -140,8 +146,11 @@ def decomposition(operator: Operator) -> Callable[..., Any] | None:
 
     def apply(_: Operator, *args: Any, **kwargs: Any) -> Any:
         try:
-            return steps(*args, **kwargs)
+            result = steps(*args, **kwargs)
         except UnsupportedOperation as error:  # it names a step, which the user does not know
             raise UnsupportedOperation(operator) from error
+        if result is NotImplemented:
+            raise UnsupportedOperation(operator)
+        return result
 
     return apply

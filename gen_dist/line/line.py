@@ -7,9 +7,12 @@ A line can be walked: the weights move in place and the model runs at each stop.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from gen_dist.direction import Direction
 from gen_dist.line.data import Slice
 from gen_dist.parallel import Layout, local
-from gen_dist.restore import contents_kept, forward_state_kept, restoring
+from gen_dist.restore import contents_kept, forward_state_kept, gradients_kept, restoring
 from gen_dist.torch_private import foreach_add_, forward_pre_hooks_of
 
 __all__ = ["ROUNDINGS_OF_LOSS", "Line", "Walk", "noting_precision"]
@@ -31,6 +34,11 @@ ROUNDINGS_OF_MODEL = 1
 # bends the loss by the mean curvature, which is below that along a direction of descent.
 LARGEST_MISS = 0.05
 UNRESOLVED = 1e100  # a relative rounding above any curvature
+
+# Models whose loss takes gradients of its own, or adds hooks to activations. Others run without gradients enabled, in
+# less memory; what autograd says when it misses them tells which these are.
+_taking_gradients: WeakSet[nn.Module] = WeakSet()
+_NO_GRAPH = "requires?[_ ]grad|grad_fn|'NoneType' object has no attribute 'register_"
 
 
 class Walk(NamedTuple):
@@ -57,6 +65,18 @@ class Line:
 
     def walk(self, rates: Iterable[float]) -> Walk:
         """Measure `phi` at each rate by moving the weights in place."""
+        model = self.layout.model
+        if model not in _taking_gradients:
+            try:
+                return self._walk(rates := list(rates))
+            except (RuntimeError, AttributeError) as error:
+                if not re.search(_NO_GRAPH, str(error)):
+                    raise
+            _taking_gradients.add(model)
+        with gradients_kept([*model.parameters()]):  # the loss may call backward()
+            return self._walk(rates, torch.enable_grad)
+
+    def _walk(self, rates: Iterable[float], around: Callable[[], AbstractContextManager[Any]] = torch.no_grad) -> Walk:
         losses: list[Tensor] = []
         rounding = 0.0
         with torch.no_grad(), self.layout.without_wrappers(), forward_state_kept(self.layout.model) as restart:
@@ -65,7 +85,8 @@ class Line:
                     if not move_to(rate):
                         rounding = UNRESOLVED
                     restart()
-                    losses.append(torch.stack([each.loss().detach() for each in self.data.micro_batches]))
+                    with around():
+                        losses.append(torch.stack([each.loss().detach() for each in self.data.micro_batches]))
                     self.layout.reshard()
                 rounding = max(rounding, *model_rounding, ROUNDINGS_OF_LOSS * torch.finfo(losses[0].dtype).eps)
                 draws_random_numbers = restart()

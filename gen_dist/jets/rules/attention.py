@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import as_jet, derivatives, wants_acceleration
+from gen_dist.jets.jet import UnsupportedOperation, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.products import matrix_product
 from gen_dist.torch_private import Operator, arguments_by_name, schema_of
@@ -47,6 +47,18 @@ def _attention(operator: Operator, query: Any, key: Any, value: Any, *args: Any,
         of_heads = q.split(heads, 1), k.split(heads // how.groups, 1), v.split(heads // how.groups, 1)
         rows.append(_joined([_mixed(*some, how) for some in zip(*of_heads, strict=True)], 1))
     return (_joined(rows, 0), *(torch.empty(0) for _ in schema_of(operator).returns[1:]))
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_cudnn_attention_backward",
+    "_scaled_dot_product_fused_attention_overrideable_backward",
+)
+def _gradient(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+    """A loss that takes a gradient itself comes here. What the operator keeps for it is not computed."""
+    raise UnsupportedOperation(operator, "inside a loss that takes gradients has no operator rule")
 
 
 class _Settings(NamedTuple):

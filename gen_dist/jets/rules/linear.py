@@ -50,11 +50,34 @@ def _native_dropout(operator: Operator, x: Any, p: float, train: bool | None) ->
     return mapped(value, lambda d: d * mask * scale, x), mask
 
 
+@rule("embedding")
+def _embedding(
+    operator: Operator, weight: Any, indices: Tensor, padding: int = -1, scaled: bool = False, sparse: bool = False
+) -> Any:
+    """Rows of a table. Autograd stops derivatives at those for padding, although their values are used."""
+    if scaled:
+        raise UnsupportedOperation(operator, "with scale_grad_by_freq takes another gradient than that of its output")
+
+    def rows(d: Tensor) -> Tensor:
+        found: Tensor = operator(d, indices)
+        return found if padding < 0 else found.masked_fill_((indices == padding).unsqueeze(-1), 0)
+
+    return mapped(operator(derivatives(weight)[0], indices), rows, weight)
+
+
+@rule("_pack_padded_sequence")
+def _pack_padded_sequence(operator: Operator, x: Any, lengths: Tensor, batch_first: bool) -> Any:
+    value, sizes = operator(derivatives(x)[0], lengths, batch_first)
+    return mapped(value, lambda d: operator(d, lengths, batch_first)[0], x), sizes
+
+
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def _embedding_bag(operator: Operator, weight: Any, *args: Any, **kwargs: Any) -> Any:
     given = arguments_by_name(operator, weight, *args, **kwargs)
     if given.get("mode", 0) == 2 or isinstance(given.get("per_sample_weights"), Jet):
         raise UnsupportedOperation(operator, "with mode 'max' or moving weights has no verified derivative")
+    if given.get("scale_grad_by_freq"):
+        raise UnsupportedOperation(operator, "with scale_grad_by_freq takes another gradient than that of its output")
     value, *rest = operator(derivatives(weight)[0], *args, **kwargs)
     return mapped(value, lambda d: operator(d, *args, **kwargs)[0], weight), *rest
 
@@ -85,3 +108,18 @@ def _jointly_linear(*positions: int) -> Callable[..., Any]:
 rule("slice_scatter", "select_scatter", "diagonal_scatter")(_jointly_linear(0, 1))
 rule("index_put", "_unsafe_index_put", "masked_scatter")(_jointly_linear(0, 2))
 rule("index_add", "index_copy", "scatter", "scatter_add")(_jointly_linear(0, 3))
+
+
+@rule(
+    "avg_pool2d_backward",
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "max_pool2d_with_indices_backward",
+    "max_pool3d_with_indices_backward",
+    "embedding_dense_backward",
+)
+def _gradient_of_linear(operator: Operator, gradient: Any, *others: Any) -> Any:
+    """Where a loss takes a gradient itself. Of what the operator was applied to, only the shape counts."""
+    others = tuple(derivatives(x)[0] for x in others)
+    return mapped(operator(derivatives(gradient)[0], *others), lambda d: operator(d, *others), gradient)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import as_jet, derivatives, wants_acceleration
+from gen_dist.jets.jet import UnsupportedOperation, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.terms import Term
 from gen_dist.torch_private import Operator, overload_name_of, schema_of
@@ -106,6 +106,19 @@ def _group_norm(
 def _unused() -> Any:
     """Return a stand-in for the statistics that a backward pass would read. There is no backward pass."""
     return torch.empty(0)
+
+
+@rule(
+    "native_layer_norm_backward",
+    "native_group_norm_backward",
+    "native_batch_norm_backward",
+    "cudnn_batch_norm_backward",
+    "miopen_batch_norm_backward",
+    "_fused_rms_norm_backward",
+)
+def _gradient(operator: Operator, *args: Any) -> Any:
+    """A loss that takes a gradient itself comes here. The statistics that it needs are not computed."""
+    raise UnsupportedOperation(operator, "inside a loss that takes gradients has no operator rule")
 
 
 def _for_channels(parameter: Any, dim: int) -> Any:

@@ -134,3 +134,27 @@ def _convolution(operator: Operator, x: Any, w: Any, bias: Any, *settings: Any) 
     for_channels = (1, -1) + (1,) * (value.dim() - 2)
     b1, b2 = (None if b is None else b.view(for_channels) for b in (b1, b2))
     return as_jet(value, _plus_bias(velocity, b1), _plus_bias(acceleration, b2))
+
+
+@rule("convolution_backward")
+def _convolution_backward(
+    operator: Operator, gradient: Any, x: Any, w: Any, bias_sizes: Any, *rest: Any
+) -> tuple[Any, Any, Any]:
+    """Where a loss takes a gradient itself: bilinear in it and the weight, or in it and the input."""
+    *settings, wanted = rest
+    x0, w0 = derivatives(x)[0], derivatives(w)[0]
+
+    def of(index: int, a: Tensor, other: Tensor) -> Tensor:
+        pair = (x0, other) if index == 0 else (other, w0)
+        mask = [k == index for k in range(3)]
+        found: Tensor = operator(a, *pair, bias_sizes, *settings, mask)[index]
+        return found
+
+    def moved(index: int, other: Any) -> Any:
+        if not wanted[index]:
+            return None
+        value = of(index, derivatives(gradient)[0], derivatives(other)[0])
+        return as_jet(value, *_moved_product(lambda a, b: of(index, a, b), gradient, other))
+
+    bias = gradient.sum([0, *range(2, gradient.dim())]) if wanted[2] else None
+    return moved(0, w), moved(1, x), bias
