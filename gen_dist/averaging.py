@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from gen_dist.parallel import Layout, local, placed_like
+from gen_dist.parallel import Layout, is_shard, local, placed_like
 from gen_dist.restore import contents_kept, everything_restored, restoring
 from gen_dist.torch_private import foreach_copy_, foreach_lerp_
 
 __all__ = ["AveragedWeights", "Averaging"]
+
+SAVED_BY = "gen_dist_saved_by"  # an attribute of a saved shard
+HOW_TO_LOAD = (
+    "save and load with torch.distributed.checkpoint, as dcp.save({'scheduler': scheduler}, checkpoint_id=folder) and "
+    "dcp.load(...) on every rank, or torch.save scheduler.state_dict() to a file of each rank's own"
+)
 
 
 class Averaging(NamedTuple):
@@ -39,6 +46,8 @@ class AveragedWeights:
 
     `k = (power + 1) / (t + power)`; `m = k (theta - a)`; `a += m`; `theta += momentum m`.
 
+    Each parameter counts its own `t`, from the first step after it came to the optimizer, with its group.
+
     It hooks on the optimizer: each step that `expect_step` announced is taken into the average. Other steps, such as
     the one that fills an optimizer's state for a checkpoint, are not. Only this rank's shards are averaged, in place,
     in float32 at least; nothing is communicated.
@@ -48,12 +57,30 @@ class AveragedWeights:
         if not (averaging.power >= 0 and 0 <= averaging.momentum <= 1):
             raise ValueError(f"need power >= 0 and momentum from 0 to 1, got {averaging}")
         self.layout = layout
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.optimizer = optimizer
         self.averaging = averaging
-        self.count = 0
+        self.counts: list[int] = []  # of steps, one for each parameter that has an average
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
-        optimizer.register_step_post_hook(_weakly(self._after_step))
+        self._hook()
+
+    def _hook(self) -> None:
+        self.optimizer.register_step_post_hook(_weakly(self._after_step))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy: its optimizer is a copy without hooks, since PyTorch leaves them out."""
+        self.__dict__.update(state)
+        self._hook()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The optimizer's parameters; groups may have come since the last step."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def count(self) -> int:
+        """The number of steps averaged."""
+        return max(self.counts, default=0)
 
     def expect_step(self, expected: bool = True) -> None:
         """Say whether the optimizer's next step is one of the training, to be averaged."""
@@ -69,15 +96,20 @@ class AveragedWeights:
         """Take the present weights into the average, and move them along with it."""
         self.layout.reshard()
         weights = [local(p) for p in self.parameters]
-        self.count += 1
-        if self.count == 1:
-            self.average = [_precise(w.clone()) for w in weights]
-            return
+        for count in sorted(set(self.counts)):
+            these = [index for index, counted in enumerate(self.counts) if counted == count]
+            self._update([self.average[i] for i in these], [weights[i] for i in these], count + 1)
+        self.counts = [count + 1 for count in self.counts]
+        new = weights[len(self.counts) :]
+        self.average += [_precise(w.clone()) for w in new]
+        self.counts += [1] * len(new)
+
+    def _update(self, average: list[Tensor], weights: list[Tensor], count: int) -> None:
         power, momentum = self.averaging
-        share = (power + 1) / (self.count + power)
-        foreach_lerp_(self.average, [_precise(w) for w in weights], share)
+        share = (power + 1) / (count + power)
+        foreach_lerp_(average, [_precise(w) for w in weights], share)
         if momentum:  # theta - a is now 1 - share of what it was
-            averages = [a.to(w.dtype) for a, w in zip(self.average, weights, strict=True)]
+            averages = [a.to(w.dtype) for a, w in zip(average, weights, strict=True)]
             foreach_lerp_(weights, averages, -momentum * share / (1 - share))
 
     @contextlib.contextmanager
@@ -89,7 +121,7 @@ class AveragedWeights:
         if not self.count:
             raise ValueError("there are no averaged weights yet: they begin after the first optimizer.step()")
         self.layout.reshard()
-        weights = [local(p).detach() for p in self.parameters]
+        weights = [local(p).detach() for p in self.parameters[: len(self.average)]]
         buffers = [local(b) for b in self.layout.model.buffers()]
         # the model may hold gathered copies of the average at the end
         with everything_restored(), restoring(self.layout.reshard), contents_kept(weights), contents_kept(buffers):
@@ -103,19 +135,63 @@ class AveragedWeights:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps averaged and the averages, placed as the parameters are; zeros before a step.
 
-        The structure is always the same, since `torch.distributed.checkpoint` loads in place. Shards without a
-        placement stand under their rank: they load on as many ranks only.
+        The number is a list, one for each parameter, where some came later. The structure is always the same, since
+        `torch.distributed.checkpoint` loads in place. A shard tells by an attribute which rank saved it, which that
+        way of loading leaves alone. Shards without a placement stand under their rank: they load on as many ranks only.
         """
-        averages = self.average or [_precise(torch.zeros_like(local(p))) for p in self.parameters]
-        pairs = zip(averages, self.parameters, strict=True)
-        placed = [placed_like(a.clone(), p).detach() for a, p in pairs]
-        return {"count": self.count, "average": placed if self.layout.shards_have_placement else {_here(): placed}}
+        pairs = list(zip_longest(self.average, self.parameters))
+        averages = [_precise(torch.zeros_like(local(p))) if a is None else a.clone() for a, p in pairs]
+        counts = [*self.counts, *([0] * (len(pairs) - len(self.counts)))]
+        placed = [placed_like(a, p).detach() for a, (_, p) in zip(averages, pairs, strict=True)]
+        for average in placed:
+            if is_shard(average):
+                average.__dict__[SAVED_BY] = _here()
+        return {
+            "count": counts if len(set(counts)) > 1 else self.count,
+            "average": placed if self.layout.shards_have_placement else {_here(): placed},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned."""
-        self.count = int(state_dict["count"])
-        placed = state_dict["average"] if self.layout.shards_have_placement else state_dict["average"][_here()]
-        self.average = [local(a).clone() for a in placed] if self.count else []
+        """Load what `state_dict()` returned. Parameters that it does not know begin their averages later.
+
+        Raises `ValueError` for the averages of another rank, or of other parameters.
+        """
+        placed = self._of_this_rank(state_dict["average"])
+        count = state_dict["count"]
+        counts = list(count) if isinstance(count, list | tuple) else [int(count)] * len(placed)
+        weights = [local(p) for p in self.parameters]
+        if len(placed) > len(weights):
+            raise ValueError(
+                f"the state has averages of {len(placed)} parameters, and the optimizer has {len(weights)}: call "
+                "optimizer.add_param_group(...) for the groups that came later, then load"
+            )
+        averages = [local(a) for a in placed]
+        for number, (average, weight) in enumerate(zip(averages, weights, strict=False)):
+            if average.shape != weight.shape:
+                raise ValueError(
+                    f"the state's average number {number} has shape {tuple(average.shape)}, and the weights here have "
+                    f"{tuple(weight.shape)}: load it into the same model, and on FSDP {HOW_TO_LOAD}"
+                )
+        begun = next((index for index, count in enumerate(counts) if not count), len(counts))
+        self.counts, self.average = counts[:begun], [a.clone() for a in averages[:begun]]
+
+    def _of_this_rank(self, saved: Any) -> list[Tensor]:
+        if isinstance(saved, Mapping):
+            if self.layout.shards_have_placement or _here() not in saved:
+                raise ValueError(_of_another(", ".join(saved)))
+            placed = list(saved[_here()])
+        else:
+            placed = list(saved)
+            if not self.layout.shards_have_placement:
+                raise ValueError(_of_another("one process, or of another kind of parallelism"))
+        for average in placed:
+            if is_shard(average) and average.__dict__.get(SAVED_BY, _here()) != _here():
+                raise ValueError(_of_another(average.__dict__[SAVED_BY]))
+        return placed
+
+
+def _of_another(saved_by: str) -> str:
+    return f"the averaged weights of this state are those of {saved_by}, and this is {_here()}: {HOW_TO_LOAD}"
 
 
 def _weakly(method: Callable[[], None]) -> Callable[..., None]:
@@ -135,6 +211,8 @@ def _precise(weight: Tensor) -> Tensor:
 
 
 def _here() -> str:
+    if not (dist.is_available() and dist.is_initialized()):
+        return "a process without torch.distributed"
     return f"rank {dist.get_rank()} of {dist.get_world_size()}"
 
 

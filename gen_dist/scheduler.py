@@ -315,16 +315,18 @@ class GenScheduler(LRScheduler):
         """Load what `state_dict()` returned, of this version or an earlier one.
 
         The optimizer's own state holds the rates in its groups, and the direction if one was held: load it first.
-        Raises `ValueError` for the state of another rule or a later version.
+        Raises `ValueError` for the state of another rule or a later version, and for averaged weights of which another
+        rank has saved its part.
         """
-        self.state = state_from_dict(state_dict, self.state)
+        state = state_from_dict(state_dict, self.state)
+        if self.average is not None and state_dict["average"] is not None:
+            self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
+            self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
+        self.state = state
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
         first_version = {"Verification": {"updates": state_dict.get("updates", 0)}}
         self.companions.load_state_dict(state_dict.get("companions", first_version))
-        if self.average is not None and state_dict["average"] is not None:
-            self.average.load_state_dict(state_dict["average"])
-            self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
         self._calls.forget()
         self._direction_loaded = bool(state_dict["direction_held"])
         if self._direction_loaded and self.optimizer.direction is None:

@@ -323,6 +323,53 @@ def test_averages_of_fsdp1(pool: Callable[[int], Pool], tmp_path: Path, kind: st
     assert pool(2).run(averages_of_fsdp1, str(tmp_path), kind) == [True, True]
 
 
+def loaded_of_each_rank(kind: str) -> list[str]:
+    """What becomes of the scheduler's state of each rank, saved by `torch.save`, on this rank."""
+    model = parallel(new_model(), kind)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    scheduler = gen.AutoGen(optimizer, model, criterion, curvature="forward")
+    for x, y in DATA[:3]:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        scheduler.step(x, y)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(scheduler.state_dict(), file)
+    files: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(files, file.getvalue())
+    assert scheduler.average is not None
+    before, found = [average.clone() for average in scheduler.average.average], []
+    for content in files:
+        try:
+            scheduler.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+            found.append("loaded")
+        except ValueError as error:
+            found.append("refused" if "torch.distributed.checkpoint" in str(error) else str(error))
+        assert all(torch.equal(a, b) for a, b in zip(before, scheduler.average.average, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "fsdp1 flat"])
+def test_the_part_of_another_rank_is_refused(pool: Callable[[int], Pool], kind: str) -> None:
+    assert pool(2).run(loaded_of_each_rank, kind) == [["loaded", "refused"], ["refused", "loaded"]]
+
+
+def test_the_state_of_rank_0_serves_all_ranks_of_ddp(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(loaded_of_each_rank, "ddp") == [["loaded", "loaded"]] * 2
+
+
+def whole_state_refused() -> bool:
+    alone = Training("alone", "auto")
+    alone.train(range(2))
+    with pytest.raises(ValueError, match=r"has shape.*torch\.distributed\.checkpoint"):
+        Training("fsdp2", "auto").scheduler.load_state_dict(alone.scheduler.state_dict())
+    return True
+
+
+def test_whole_averages_are_no_shards(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(whole_state_refused) == [True, True]
+
+
 # ---------------------------------------------------------------------------- on another number of ranks
 
 LEGS = [("fsdp2", 4), ("fsdp2", 2), ("fsdp2", 3), ("ddp", 2), ("replica", 3), ("alone", 1)]

@@ -17,15 +17,12 @@ from gen_dist.parallel import local
 from gen_dist.restore import contents_kept, restoring
 from gen_dist.torch_private import foreach_add_, foreach_div_, foreach_mul, foreach_sub, foreach_sub_
 
-__all__ = ["Direction", "GroupDirection", "find_direction", "move_along", "on_a_copy_of_the_state"]
+__all__ = ["Direction", "GroupDirection", "base_step", "find_direction", "move_along", "on_a_copy_of_the_state"]
 
 # The direction is the difference that a step at a trial rate makes, divided by that rate. A large power of two keeps
 # all digits: the division is exact, and the subtraction loses nothing when the step dwarfs the weights.
 TRIAL_RATE = 2.0**20
 TRIAL_RATE_FLOAT16 = 2.0**8  # its numbers end at 65504
-
-BaseStep = Callable[[], Any]
-"""The step of the optimizer's own class, without hooks."""
 
 
 class GroupDirection(NamedTuple):
@@ -52,8 +49,16 @@ class Direction(list[GroupDirection]):
         return Direction(group._replace(ratio=ratios[group.group]) for group in self)
 
 
+def base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """Run the step of the optimizer's own class, without its hooks: those are for the step that the user sees."""
+    step: Any = getattr(optimizer, "base_class", type(optimizer)).step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step(optimizer) if closure is None else step(optimizer, closure)
+
+
 @torch.no_grad()
-def find_direction(optimizer: Optimizer, base_step: BaseStep) -> Direction:
+def find_direction(optimizer: Optimizer) -> Direction:
     """Step once at a trial rate and return the direction; parameters come back bit for bit, the state advances."""
     ratios, groups = rate_ratios(optimizer), optimizer.param_groups
     moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
@@ -69,7 +74,7 @@ def find_direction(optimizer: Optimizer, base_step: BaseStep) -> Direction:
     with restoring(restore_rates), contents_kept([shard for group in shards for shard in group]) as kept:
         for group in groups:
             set_rate(group, _trial_rate(group))
-        base_step()
+        base_step(optimizer)
         before = iter(kept)
         for index, (ratio, parameters, after) in enumerate(zip(ratios, moving, shards, strict=True)):
             if parameters:

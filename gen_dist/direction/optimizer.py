@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gen_dist.direction.direction import (
     Direction,
     GroupDirection,
+    base_step,
     find_direction,
     move_along,
     on_a_copy_of_the_state,
@@ -39,13 +40,14 @@ class GenOptimizer(Optimizer):
     steps = 0  # how often `step()` was called
     _direction: Direction | None = None
     _used: Sequence[tuple[ReferenceType[Tensor], int]] = ()  # gradients that a step has used, and their versions
+    _checked = False  # whether its groups have been tried, so that one that comes later is tried, too
 
     def compute_param_updates(self) -> None:
         """Run the base optimizer's step once, keep its direction `d`, and restore the parameters bit for bit.
 
         The optimizer's state advances here, exactly once. The direction does not depend on the current learning rate.
         """
-        self._direction = find_direction(self, lambda: _base_step(self))
+        self._direction = find_direction(self)
 
     def get_param_update(self, param: Tensor) -> Tensor:
         """Return the held direction of a parameter, in its shape, dtype and placement (a `DTensor` if it is one).
@@ -69,7 +71,7 @@ class GenOptimizer(Optimizer):
         those that were measured.
         """
         if self._direction is None:
-            result = _base_step(self, closure)
+            result = base_step(self, closure)
             self._note_step()
             return result
         if closure is not None:
@@ -98,6 +100,16 @@ class GenOptimizer(Optimizer):
             return False
         pairs = zip(gradients, self._used, strict=True)
         return all(used() is gradient and version == version_of(gradient) for gradient, (used, version) in pairs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the base class does. Raises `TypeError` if with its settings there is no direction."""
+        super().add_param_group(param_group)
+        if self._checked:
+            try:
+                check_linearity(self.base_class, self)
+            except TypeError:
+                self.param_groups.pop()
+                raise
 
     def skip_step(self) -> None:
         """Make the next `step()` do nothing: neither parameters nor state change."""
@@ -141,6 +153,9 @@ class GenOptimizer(Optimizer):
                 updates = [local(held[p]) for p in moving]
                 self._direction.append(GroupDirection(index, ratio, moving, updates))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_direction": self._direction, "_checked": self._checked}
+
     def __reduce__(self) -> Any:
         return _empty_gen_optimizer, (self.base_class,), self.__getstate__()
 
@@ -163,6 +178,7 @@ def make_gen_optimizer(base_optimizer_class: type[Optimizer], /, *args: Any, **k
     refuse_by_name(base_optimizer_class)
     optimizer: GenOptimizer = _gen_class(base_optimizer_class)(*args, **kwargs)  # type: ignore[arg-type]
     check_linearity(base_optimizer_class, optimizer)
+    optimizer._checked = True
     return optimizer
 
 
@@ -185,7 +201,9 @@ def as_gen_optimizer(optimizer: Optimizer) -> GenOptimizer:
         ) from error
     optimizer.__dict__.pop("step", None)  # another scheduler's counter, bound to the base class's step
     patch_step(optimizer)
-    return cast(GenOptimizer, optimizer)
+    converted = cast(GenOptimizer, optimizer)
+    converted._checked = True
+    return converted
 
 
 def direction_without_trace(optimizer: Optimizer) -> Direction:
@@ -197,7 +215,7 @@ def direction_without_trace(optimizer: Optimizer) -> Direction:
     with on_a_copy_of_the_state(optimizer):
         if not isinstance(optimizer, GenOptimizer):
             _check_has_direction(optimizer)
-        return find_direction(optimizer, lambda: _base_step(optimizer))
+        return find_direction(optimizer)
 
 
 def _check_is_optimizer(optimizer: Any) -> None:
@@ -220,11 +238,3 @@ def _empty_gen_optimizer(base: type[Optimizer]) -> GenOptimizer:
     """What pickle and copy fill with state."""
     kind: type[GenOptimizer] = _gen_class(base)  # type: ignore[arg-type]
     return kind.__new__(kind)
-
-
-def _base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-    """Run the step of the optimizer's own class, without its hooks: those are for the step that the user sees."""
-    step: Any = (optimizer.base_class if isinstance(optimizer, GenOptimizer) else type(optimizer)).step
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
-    return step(optimizer) if closure is None else step(optimizer, closure)

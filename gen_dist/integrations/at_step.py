@@ -65,9 +65,19 @@ class RateAtStep:
                 "without them, AutoGen(..., total_steps=...) or average=False"
             )
         self._scheduler = scheduler
-        self._hook = (stepped or scheduler.optimizer).register_step_pre_hook(self._before_step)
+        self._stepped = stepped or scheduler.optimizer
+        self._hook = self._stepped.register_step_pre_hook(self._before_step)
         if self._state:
             scheduler.load_state_dict(self._state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy: PyTorch leaves hooks out of the copy of an optimizer."""
+        self.__dict__.update(state)
+        if self._scheduler is not None:
+            self._hook = self._stepped.register_step_pre_hook(self._before_step)
 
     def detach(self) -> None:
         """Stop setting rates."""

@@ -67,12 +67,15 @@ class Line:
         """Measure `phi` at each rate by moving the weights in place."""
         model = self.layout.model
         if model not in _taking_gradients:
+            given = {p: p.grad for p in model.parameters()}  # a loss that calls backward() may clear them
             try:
                 return self._walk(rates := list(rates))
             except (RuntimeError, AttributeError) as error:
                 if not re.search(_NO_GRAPH, str(error)):
                     raise
             _taking_gradients.add(model)
+            for parameter, gradient in given.items():
+                parameter.grad = gradient
         with gradients_kept([*model.parameters()]):  # the loss may call backward()
             return self._walk(rates, torch.enable_grad)
 

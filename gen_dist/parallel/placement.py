@@ -13,7 +13,7 @@ if dist.is_available():
 else:  # a build of torch for one process
     DTensor = type("DTensor", (), {})  # type: ignore[misc, assignment]
 
-__all__ = ["DTensor", "local", "placed_like", "with_local"]
+__all__ = ["DTensor", "is_shard", "local", "placed_like", "with_local"]
 
 
 def placed_like(part: Tensor, parameter: Tensor) -> Tensor:
@@ -28,6 +28,11 @@ def placed_like(part: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether the tensor tells by its placement that ranks hold different parts of it."""
+    return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
 def with_local(weight: Tensor, part: Tensor) -> Tensor:

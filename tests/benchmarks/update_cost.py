@@ -39,7 +39,7 @@ from models import CNN, GPT, MLP
 from torch.profiler import ProfilerActivity, profile
 
 import gen_dist as gen
-from gen_dist.direction import optimizer
+from gen_dist.direction import direction
 from gen_dist.line import MicroBatch, measurement
 from gen_dist.parallel import Layout
 
@@ -179,7 +179,7 @@ PARTS = {
     "update": (gen.GenScheduler, "step"),
     "  gradients finite?": (Layout, "gradients_are_finite"),
     "  direction": (gen.GenOptimizer, "compute_param_updates"),
-    "    the optimizer's own step": (optimizer, "_base_step"),
+    "    the optimizer's own step": (direction, "base_step"),
     "  inner products": (measurement, "inner_products"),
     "  line": (measurement, "_estimate"),
     "    running the model": (MicroBatch, "output"),
