@@ -11,17 +11,16 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_dist.torch_private import buffers_of, foreach_copy_, local_part, set_grad_enabled
+from gen_dist.torch_private import foreach_copy_, set_grad_enabled
 
 __all__ = [
     "contents_kept",
     "everything_restored",
-    "forward_state_kept",
     "gradients_kept",
     "restored_on_exit",
     "restoring",
@@ -29,9 +28,6 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Restart: TypeAlias = Callable[[], bool]
-"""Restores buffers and random state; returns whether random numbers were drawn since they were saved."""
 
 
 class _Pending(threading.local):
@@ -115,31 +111,3 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
     with restoring(restore):
         yield
-
-
-@contextlib.contextmanager
-def forward_state_kept(model: nn.Module) -> Iterator[Restart]:
-    """Restore what a forward pass changes, buffers and random state; yields a function that does so in between."""
-    names = [(module, name) for module in model.modules() for name in buffers_of(module)]
-    buffers = [buffers_of(module)[name] for module, name in names]
-    present = [local_part(b) for b in buffers if b is not None]
-    contents = [b.clone() for b in present]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
-
-    def restart() -> bool:
-        drawn = not torch.equal(torch.get_rng_state(), random[0]) or any(
-            not torch.equal(torch.cuda.get_rng_state(device), state) for device, state in random[1]
-        )
-        torch.set_rng_state(random[0])
-        for device, state in random[1]:
-            torch.cuda.set_rng_state(state, device)
-        for (module, name), buffer in zip(names, buffers, strict=True):
-            buffers_of(module)[name] = buffer
-        if present:
-            with torch.no_grad():
-                foreach_copy_(present, contents)
-        return drawn
-
-    with restoring(restart):
-        yield restart

@@ -13,7 +13,7 @@ from torch import Tensor
 from gen_dist.jets import Jet, JetMode, derivatives, velocity_only
 from gen_dist.line.estimate import Estimate
 from gen_dist.line.line import Line
-from gen_dist.restore import forward_state_kept, restoring
+from gen_dist.restore import restoring
 from gen_dist.torch_private import tree_map_only
 
 __all__ = ["exact", "gauss_newton"]
@@ -64,7 +64,7 @@ def _carrying_jets(line: Line) -> Iterator[None]:
         torch.no_grad(),
         _uncompiled(),
         layout.without_wrappers(),
-        forward_state_kept(layout.model),
+        line.state_kept(watching=True),
         layout.moving_weights(velocities, Jet) as table,
     ):
         # Buffers too: what the model writes into them may move, and come back into the loss.
