@@ -96,10 +96,11 @@ class _State:
         if id(root) in self.seen:
             return
         managed: set[nn.Module] = set()
-        for module in root.modules():
+        modules = list(root.modules())
+        for module in modules:
             if moves_weights(module):
                 managed.update(module.modules())
-        for module in root.modules():
+        for module in modules:
             if id(module) in self.seen:
                 continue
             self.seen[id(module)] = module
@@ -366,7 +367,8 @@ def _can_be_restored(tensor: Tensor) -> bool:
     return 0 not in tensor.stride() or all(n < 2 for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s == 0)
 
 
-def _is_of_torch(of: type) -> bool:
+@functools.cache
+def _is_of_torch(of: Any) -> bool:
     """Whether PyTorch or Python made the class: the state of such objects is not the model's."""
     return of.__module__.partition(".")[0] in ("torch", "builtins", "numpy", "threading", "logging", "weakref")
 

@@ -71,19 +71,20 @@ def is_compiled(module: nn.Module) -> bool:
     return module.__dict__.get("_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule"
 
 
-def _is_a(module: nn.Module, *names: str) -> bool:
-    """Whether PyTorch's class of this name is among its own: without an import that may be missing or take long."""
-    return any(c.__name__ in names and c.__module__.startswith("torch.") for c in type(module).__mro__)
+@cache
+def _is_a(kind: Any, *names: str) -> bool:
+    """Whether PyTorch's class of this name is a base: without an import that may be missing or take long."""
+    return any(c.__name__ in names and c.__module__.startswith("torch.") for c in kind.__mro__)
 
 
 def wraps_only(module: nn.Module) -> bool:
     """Whether the module is a wrapper, whose attributes are PyTorch's own bookkeeping."""
-    return _is_a(module, "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+    return _is_a(type(module), "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 def moves_weights(module: nn.Module) -> bool:
     """Whether the module is a unit of FSDP1, which moves the weights of all modules inside."""
-    return _is_a(module, "FullyShardedDataParallel")
+    return _is_a(type(module), "FullyShardedDataParallel")
 
 
 # --- optimizers

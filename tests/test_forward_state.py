@@ -334,7 +334,8 @@ def trained(
         optimizer.step()
         losses.append(value.item())
     if scheduler:
-        assert scheduler.last.denominator != 0 and scheduler.last.reason != "not finite"
+        assert scheduler.last.denominator != 0
+        assert scheduler.last.reason != "not finite"
     randomness = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
     return losses, state_of([model, other, criterion if isinstance(criterion, nn.Module) else None], {}), randomness
 

@@ -74,7 +74,8 @@ class Line:
                 for rate in rates:
                     if not move_to(rate):
                         rounding = UNRESOLVED
-                    restart()
+                    if losses:
+                        restart()
                     losses.append(torch.stack([each.loss().detach() for each in self.data.micro_batches]))
                     self.layout.reshard()
                 rounding = max(rounding, *model_rounding, ROUNDINGS_OF_LOSS * torch.finfo(losses[0].dtype).eps)
