@@ -367,8 +367,7 @@ def _can_be_restored(tensor: Tensor) -> bool:
     return 0 not in tensor.stride() or all(n < 2 for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s == 0)
 
 
-@functools.cache
-def _is_of_torch(of: Any) -> bool:
+def _is_of_torch(of: type) -> bool:
     """Whether PyTorch or Python made the class: the state of such objects is not the model's."""
     return of.__module__.partition(".")[0] in ("torch", "builtins", "numpy", "threading", "logging", "weakref")
 

@@ -79,12 +79,12 @@ def _is_a(kind: Any, *names: str) -> bool:
 
 def wraps_only(module: nn.Module) -> bool:
     """Whether the module is a wrapper, whose attributes are PyTorch's own bookkeeping."""
-    return _is_a(type(module), "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+    return _is_a(cast(Any, type(module)), "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 def moves_weights(module: nn.Module) -> bool:
     """Whether the module is a unit of FSDP1, which moves the weights of all modules inside."""
-    return _is_a(type(module), "FullyShardedDataParallel")
+    return _is_a(cast(Any, type(module)), "FullyShardedDataParallel")
 
 
 # --- optimizers
