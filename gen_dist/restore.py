@@ -11,28 +11,25 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_dist.torch_private import buffers_of, foreach_copy_, local_part, parametrization_cache, set_grad_enabled
+from gen_dist.torch_private import foreach_copy_, parametrization_cache, set_grad_enabled
 
 __all__ = [
     "contents_kept",
     "everything_restored",
-    "forward_state_kept",
     "gradients_aside",
     "gradients_kept",
+    "parametrizations_anew",
     "restored_on_exit",
     "restoring",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Restart: TypeAlias = Callable[[], bool]
-"""Restores buffers and random state; returns whether random numbers were drawn since they were saved."""
 
 
 class _Pending(threading.local):
@@ -134,41 +131,17 @@ def gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forward_state_kept(model: nn.Module) -> Iterator[Restart]:
-    """Restore what a forward pass changes, buffers and random state; yields a function that does so in between.
-
-    Inside, weights that `parametrize.cached()` keeps are computed anew.
-    """
-    names = [(module, name) for module in model.modules() for name in buffers_of(module)]
-    buffers = [buffers_of(module)[name] for module, name in names]
-    present = [local_part(b) for b in buffers if b is not None]
-    contents = [b.clone() for b in present]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+def parametrizations_anew() -> Iterator[Callable[[], None]]:
+    """Recompute weights that `parametrize.cached()` keeps; yields a function that forgets them again."""
     cached = dict(parametrization_cache())
 
-    def forget_cached() -> None:
+    def forget() -> None:
         parametrization_cache().clear()
 
-    def restore_cached() -> None:
-        forget_cached()
+    def restore() -> None:
+        forget()
         parametrization_cache().update(cached)
 
-    def restart() -> bool:
-        drawn = not torch.equal(torch.get_rng_state(), random[0]) or any(
-            not torch.equal(torch.cuda.get_rng_state(device), state) for device, state in random[1]
-        )
-        torch.set_rng_state(random[0])
-        for device, state in random[1]:
-            torch.cuda.set_rng_state(state, device)
-        for (module, name), buffer in zip(names, buffers, strict=True):
-            buffers_of(module)[name] = buffer
-        if present:
-            with torch.no_grad():
-                foreach_copy_(present, contents)
-        forget_cached()
-        return drawn
-
-    with restoring(restore_cached), restoring(restart):
-        forget_cached()
-        yield restart
+    with restoring(restore):
+        forget()
+        yield forget

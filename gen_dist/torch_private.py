@@ -16,6 +16,7 @@ import torch.nn.utils.parametrize
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # no public module has it
 from torch.utils._pytree import tree_leaves as tree_leaves  # torch 2.6 has no public ones
 from torch.utils._pytree import tree_map_only as tree_map_only
 
@@ -57,14 +58,42 @@ def version_of(tensor: Tensor) -> int:
 # --- modules: a tensor is replaced for a while, under its name
 
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers by name; writing here skips `__setattr__`."""
-    return module._buffers
-
-
 def forward_pre_hooks_of(module: nn.Module) -> dict[int, Any]:
     """The module's hooks by key: one whose handle an interrupt has lost can be removed."""
     return module._forward_pre_hooks
+
+
+global_forward_pre_hooks = torch.nn.modules.module._global_forward_pre_hooks
+"""The hooks of all modules by key: one whose handle an interrupt has lost can be removed."""
+
+own_attributes_of_modules = frozenset(nn.Module().__dict__)
+"""What PyTorch itself keeps in the `__dict__` of every module."""
+
+
+def is_uninitialized(tensor: Tensor) -> bool:
+    """Whether it is the parameter of a lazy module that has not run."""
+    return torch.nn.parameter.is_lazy(tensor)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` has been asked for, by either of its ways."""
+    return module.__dict__.get("_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule"
+
+
+@cache
+def _is_a(kind: Any, *names: str) -> bool:
+    """Whether PyTorch's class of this name is a base: without an import that may be missing or take long."""
+    return any(c.__name__ in names and c.__module__.startswith("torch.") for c in kind.__mro__)
+
+
+def wraps_only(module: nn.Module) -> bool:
+    """Whether the module is a wrapper, whose attributes are PyTorch's own bookkeeping."""
+    return _is_a(cast(Any, type(module)), "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+def moves_weights(module: nn.Module) -> bool:
+    """Whether the module is a unit of FSDP1, which moves the weights of all modules inside."""
+    return _is_a(cast(Any, type(module)), "FullyShardedDataParallel")
 
 
 # --- optimizers
@@ -183,6 +212,12 @@ without_torch_dispatch = torch._C._DisableTorchDispatch
 decompositions = torch._decomp.decomposition_table
 """PyTorch's reductions of operators to simpler ones, by operator."""
 
+without_torch_function = torch._C.DisableTorchFunction
+"""Context manager: functions run as they are, unseen by function modes and subclasses."""
+
+active_dispatch_modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+"""The dispatch modes that are entered now."""
+
 active_function_modes = torch.overrides._get_current_function_mode_stack
 """The function modes that are entered now, so that a mode can tell whether it is still active."""
 
@@ -203,6 +238,23 @@ def name_of(operator: Operator) -> str:
 def overload_name_of(operator: Operator) -> str:
     """`Tensor` for `aten.add.Tensor`, which selects the same overload of another operator."""
     return operator._overloadname
+
+
+@cache
+def _written_by(operator: Operator) -> tuple[tuple[int, str], ...]:
+    schema = getattr(operator, "_schema", None)  # higher-order operators have none
+    if schema is None or not schema.is_mutable:
+        return ()
+    return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write)
+
+
+def written_arguments(operator: Operator, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes into."""
+    written: list[Tensor] = []
+    for index, name in _written_by(operator):
+        found = args[index] if index < len(args) else kwargs.get(name)
+        written += [x for x in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(x, Tensor)]
+    return written
 
 
 @cache

@@ -22,11 +22,12 @@ FLOORS: dict[str, set[str]] = {
     "torch_private": set(),
     "parabola": set(),
     "restore": {"torch_private"},
+    "forward_state": {"torch_private", "restore"},
     "jets": {"torch_private"},
     "policy": {"parabola"},
     "parallel": {"torch_private", "restore"},
     "direction": {"torch_private", "restore", "parallel"},
-    "line": {*GROUND, "restore", "jets", "parallel", "direction"},
+    "line": {*GROUND, "restore", "forward_state", "jets", "parallel", "direction"},
     "averaging": {"torch_private", "restore", "parallel"},
     "watch": {*GROUND, "policy", "parallel", "direction", "line"},
     "rates": {"policy", "parallel", "direction", "line"},
@@ -36,7 +37,7 @@ FLOORS["scheduler"] = {"averaging", "direction", "line", "parallel", "policy", "
 FLOORS["recipes"] = {"averaging", "direction", "line", "policy", "scheduler", "watch"}
 FLOORS["curves"] = {*GROUND, "direction", "line", "parallel", "restore"}
 FLOORS["plots"] = {"update"}
-FLOORS["suggest"] = {*GROUND, "direction", "line", "parallel", "plots", "policy", "restore"}
+FLOORS["suggest"] = {*GROUND, "direction", "forward_state", "line", "parallel", "plots", "policy", "restore"}
 FLOORS["integrations"] = {"direction", "recipes", "scheduler"}
 FLOORS["preflight"] = {""}
 FLOORS[""] = set(FLOORS) - {"integrations", "preflight", ""}  # gen_dist/__init__.py

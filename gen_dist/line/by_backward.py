@@ -11,7 +11,7 @@ from torch import Tensor
 from gen_dist.line.line import ROUNDINGS_OF_LOSS, Line, noting_precision
 from gen_dist.line.measurement import inner_products
 from gen_dist.parallel import Ranks, local
-from gen_dist.restore import forward_state_kept, gradients_aside
+from gen_dist.restore import gradients_aside
 
 __all__ = ["Ordinary", "by_backward"]
 
@@ -54,7 +54,7 @@ def by_backward(line: Line, ranks: Ranks) -> Ordinary | None:
     loss, rounding, drawn = torch.zeros(1, dtype=torch.float64), 0.0, False
     with (
         layout.without_wrappers(),
-        forward_state_kept(layout.model) as restart,
+        line.state_kept(watching=True) as restart,
         gradients_aside(parameters) as given,
     ):
         try:

@@ -16,7 +16,7 @@ from gen_dist.jets import Jet, JetMode, NeedsGraph, UnsupportedOperation, deriva
 from gen_dist.line.estimate import Estimate
 from gen_dist.line.line import Line
 from gen_dist.parallel import local
-from gen_dist.restore import forward_state_kept, restoring
+from gen_dist.restore import restoring
 from gen_dist.torch_private import is_scripted, tree_map_only
 
 __all__ = ["exact", "gauss_newton"]
@@ -119,7 +119,7 @@ def _carrying_jets(line: Line, unit: float, tracks: bool) -> Iterator[None]:
         torch.no_grad(),
         _uncompiled(),
         layout.without_wrappers(),
-        forward_state_kept(layout.model),
+        line.state_kept(watching=True),
         layout.moving_weights(velocities, Jet) as table,
     ):
         # Buffers too: what the model writes into them may move, and come back into the loss.

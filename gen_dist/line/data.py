@@ -69,6 +69,11 @@ class Slice(NamedTuple):
     sign: float = 1.0
 
     @property
+    def programs(self) -> list[object]:
+        """What runs besides the model: criteria and closures."""
+        return [each.criterion if each.closure is None else each.closure for each in self.micro_batches]
+
+    @property
     def has_closures(self) -> bool:
         """Whether a closure computes a loss, so that model and criterion cannot be told apart."""
         return any(each.closure is not None for each in self.micro_batches)

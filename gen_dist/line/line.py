@@ -1,7 +1,7 @@
 """The line that the optimizer is about to move along, `phi(a) = L(theta - a d)`, as this rank sees it.
 
 A line can be walked: the weights move in place and the model runs at each stop. Jets look at it another way (see
-`by_jets.py`). Both restore weights, buffers and random state bit for bit.
+`by_jets.py`). Both restore weights, the state of modules and random numbers bit for bit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gen_dist.direction import Direction
+from gen_dist.forward_state import Restart, forward_state_kept
 from gen_dist.line.data import Slice
 from gen_dist.parallel import Layout, local
-from gen_dist.restore import contents_kept, forward_state_kept, gradients_kept, restoring
+from gen_dist.restore import contents_kept, gradients_kept, parametrizations_anew, restoring
 from gen_dist.torch_private import foreach_add_, forward_pre_hooks_of
 
 __all__ = ["ROUNDINGS_OF_LOSS", "Line", "Walk", "noting_precision"]
@@ -63,6 +64,24 @@ class Line:
     direction: Direction
     data: Slice
 
+    @contextlib.contextmanager
+    def state_kept(self, watching: bool = False) -> Iterator[Restart]:
+        """Restore what the model, the criterion or a closure changes while it runs; yields a function to do so.
+
+        With `watching` this includes writes into the weights that the line moves.
+        """
+        moving = [p for group in self.direction for p in group.parameters]
+        with (
+            parametrizations_anew() as forget,
+            forward_state_kept(self.layout.model, *self.data.programs, moving=moving, watching=watching) as restart,
+        ):
+
+            def restart_all() -> bool:
+                forget()
+                return restart()
+
+            yield restart_all
+
     def walk(self, rates: Iterable[float]) -> Walk:
         """Measure `phi` at each rate by moving the weights in place."""
         model = self.layout.model
@@ -82,12 +101,13 @@ class Line:
     def _walk(self, rates: Iterable[float], around: Callable[[], AbstractContextManager[Any]] = torch.no_grad) -> Walk:
         losses: list[Tensor] = []
         rounding = 0.0
-        with torch.no_grad(), self.layout.without_wrappers(), forward_state_kept(self.layout.model) as restart:
+        with torch.no_grad(), self.layout.without_wrappers(), self.state_kept() as restart:
             with _moving(self.direction) as move_to, noting_precision(self.layout) as model_rounding:
                 for rate in rates:
                     if not move_to(rate):
                         rounding = UNRESOLVED
-                    restart()
+                    if losses:
+                        restart()
                     with around():
                         losses.append(torch.stack([each.loss().detach() for each in self.data.micro_batches]))
                     self.layout.reshard()

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import SGD, Optimizer
 
 from gen_dist.direction import Direction, direction_without_trace
+from gen_dist.forward_state import forward_state_kept
 from gen_dist.line import (
     Criterion,
     Line,
@@ -40,7 +41,7 @@ from gen_dist.line import (
 from gen_dist.parabola import Parabola
 from gen_dist.parallel import Layout, Ranks
 from gen_dist.policy import ACCEPTED, CLAMPED, NO_DESCENT, NOT_FINITE, Clamp, why_no_minimum
-from gen_dist.restore import forward_state_kept, gradients_kept, restored_on_exit
+from gen_dist.restore import gradients_kept, restored_on_exit
 from gen_dist.suggest.suggestion import Curve, Suggestion
 
 __all__ = ["suggest_lr"]
@@ -112,7 +113,11 @@ def suggest_lr(
 
     layout.reshard()  # the root of an FSDP model would show its gathered weights
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with forward_state_kept(model), gradients_kept([*dict.fromkeys([*parameters, *model.parameters()])]):
+    programs = [*own.programs, *probed.programs]
+    with (
+        forward_state_kept(model, *programs, moving=parameters),
+        gradients_kept([*dict.fromkeys([*parameters, *model.parameters()])]),
+    ):
         _make_gradients(layout, ranks, own, parameters)
         direction = _lasting(direction_without_trace(optimizer), optimizer)
         if not ranks.any(torch.tensor(bool(direction))).item():
