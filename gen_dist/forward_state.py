@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gen_dist.restore import restoring
+from gen_dist.restore import restoring, torch_function_off
 from gen_dist.torch_private import (
     TorchDispatchMode,
     active_dispatch_modes,
@@ -31,7 +31,6 @@ from gen_dist.torch_private import (
     local_part,
     moves_weights,
     own_attributes_of_modules,
-    without_torch_function,
     wraps_only,
     written_arguments,
 )
@@ -56,7 +55,7 @@ def forward_state_kept(
     along the line. Their contents are the caller's to restore, but with `watching`: then they are copied and restored
     if the program writes them.
     """
-    with without_torch_function():
+    with torch_function_off():
         state = _State(model, programs, moving, watching)
     with restoring(state.restore), state.noting_modules(), state.noting_writes():
         yield state.restore
@@ -271,7 +270,7 @@ class _State:
 
     def restore(self) -> bool:
         """Restore everything; returns whether random numbers were drawn."""
-        with without_torch_function():
+        with torch_function_off():
             drawn = False
             for read, write, before in self.streams:
                 if not _same(read(), before):
@@ -299,7 +298,7 @@ class _State:
 
         def note(module: nn.Module, _: Any) -> None:
             if id(module) not in seen:
-                with without_torch_function():
+                with torch_function_off():
                     self.note_module(module)
 
         def remove() -> None:  # without its handle, which an interrupt can lose
@@ -342,6 +341,9 @@ class _Writes(TorchDispatchMode):
     def leave(self) -> None:
         """Exit the mode if it is active."""
         if self in active_dispatch_modes():
+            for flags in vars(self).values():  # which PyTorch has popped, if an interrupt has cut its exit short
+                if isinstance(flags, deque) and not flags:
+                    flags.append(False)
             super().__exit__(None, None, None)
 
 

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gen_dist.torch_private import foreach_copy_, parametrization_cache, set_grad_enabled
+from gen_dist.torch_private import foreach_copy_, parametrization_cache, set_grad_enabled, without_torch_function
 
 __all__ = [
     "contents_kept",
@@ -26,6 +26,7 @@ __all__ = [
     "parametrizations_anew",
     "restored_on_exit",
     "restoring",
+    "torch_function_off",
 ]
 
 P = ParamSpec("P")
@@ -78,6 +79,15 @@ def _restore_down_to(depth: int) -> None:
     while len(_pending.restores) > depth:
         _pending.restores[-1]()
         _pending.restores.pop()
+
+
+@contextlib.contextmanager
+def torch_function_off() -> Iterator[None]:
+    """Let tensors be what they are, whatever function mode is active; its own exit would be lost to an interrupt."""
+    guard = without_torch_function()
+    with restoring(lambda: guard.__exit__(None, None, None)):
+        guard.__enter__()
+        yield
 
 
 # ------------------------------------------------------------------------------------------- what is restored

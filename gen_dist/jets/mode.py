@@ -69,10 +69,12 @@ class JetMode(TorchFunctionMode):
         self._adopted = Adopted()
         self._entered: set[Callable[..., Any]] = set()  # functions whose bodies run
         self._functions: list[type] = []  # autograd.Functions whose forward runs
+        self._has_left = False
 
     def __enter__(self) -> JetMode:
         # With gradients enabled here, a switch to disabled comes from the program. Autograd records next to nothing,
         # since jets require no gradient.
+        _discard_modes_left_behind()
         self._enabled_before = torch.is_grad_enabled()
         set_grad_enabled(True)
         if self.tracks:
@@ -89,15 +91,23 @@ class JetMode(TorchFunctionMode):
         self.leave()
 
     def leave(self) -> None:
-        """Exit the mode if it is active."""
+        """Exit the mode if it is active.
+
+        An interrupt inside PyTorch, which sets a mode aside while it handles a function, can bring it back later: then
+        it does nothing any more.
+        """
+        self._has_left = True
         watch_autograd_functions(None)
         watch_backward(None)
         replace_what_transforms_wrap(None)
         if self in active_function_modes():
-            super().__exit__(None, None, None)
+            while self in active_function_modes():  # more than once, if an interrupt has cut a body short
+                super().__exit__(None, None, None)
             set_grad_enabled(self._enabled_before)
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._has_left:
+            return function(*args, **(kwargs or {}))
         special = function in SPECIAL
         if special and function is set_grad_enabled:
             return self._switch_gradients(args[0])
@@ -260,6 +270,11 @@ class JetMode(TorchFunctionMode):
             raise NeedsGraph("this loss takes a gradient of its own with respect to weights or activations")
         result = self._run(torch.autograd.grad, (outputs, inputs, *args), {**kwargs, "create_graph": create_graph})
         return result if create_graph and not self._stops((), {}) else self._constant(result)
+
+
+def _discard_modes_left_behind() -> None:
+    while (modes := active_function_modes()) and isinstance(modes[-1], JetMode) and modes[-1]._has_left:
+        TorchFunctionMode.__exit__(modes[-1], None, None, None)
 
 
 def _is_plain_subclass(kind: Any) -> bool:
