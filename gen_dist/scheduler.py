@@ -105,6 +105,7 @@ class GenScheduler(LRScheduler):
         self._adopt_new_groups()
         self.last: Update | None = None
         self._calls = Calls(optimizer)
+        self._wrapper_sought = False
         self._direction_loaded = False  # whether the state loaded since the last step came with a held direction
 
     @restored_on_exit
@@ -165,12 +166,27 @@ class GenScheduler(LRScheduler):
                 f"curvature={self.curvature!r} needs model and criterion apart: type scheduler.step(x, y), or use "
                 "curvature='exact' with closures"
             )
+        if not self._wrapper_sought:
+            self._seek_wrapper()
         self.layout.check_step()
         self._calls.check_since_last()
         self._calls.check_unused(self.layout.backward_communicates)
         self._adopt_new_groups()
         self._direction_loaded = False
         return self.rule.is_due(self.state, self.update_every)
+
+    def _seek_wrapper(self) -> None:
+        """Notice a model that was given bare and is trained through DDP, which averages its gradients already."""
+        self._wrapper_sought = True
+        layout = self.layout.with_wrapper()
+        if layout is not self.layout:
+            self.layout = layout
+            if self.average is not None:
+                self.average.layout = layout
+            logger.warning(
+                "this scheduler was made with the model inside a DDP wrapper, whose gradients come averaged: it uses "
+                "the wrapper from now on. Pass the wrapper: GenScheduler(optimizer, ddp_model, ...) (said once)"
+            )
 
     def _find_direction(self, due: bool, finite: bool) -> Direction:
         """Find the direction where this step measures; gradients that are not finite never reach the optimizer."""

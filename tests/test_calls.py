@@ -11,7 +11,8 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from problems import criterion, data, new_model
+from effects import Collectives
+from problems import criterion, data, new_model, slice_here
 from rank_pool import Pool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -321,3 +322,59 @@ def test_a_rank_without_data_in_ddp(pool: Callable[[int], Pool]) -> None:
     loss, slope, curvature = reference.derivatives(lambda: criterion(model(x), y), weights, d)
     for seen in pool(2).run(runs_out_of_data):
         assert seen == pytest.approx([slope, curvature, loss], rel=1e-9)
+
+
+def bare_inside_ddp(bare: bool) -> tuple[list[tuple[str, int]], list[float], int]:
+    """The reductions of an update, the rates of three steps, and how many warnings."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("gen_dist").addHandler(handler)
+    inner = new_model()
+    model = DistributedDataParallel(inner)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+    scheduler = gen.ExactGen(optimizer, inner if bare else model, criterion)
+    here, rates, seen = slice_here(), [], []
+    for x, y in data()[:3]:
+        optimizer.zero_grad()
+        criterion(model(x[here]), y[here]).backward()
+        with Collectives() as collectives:
+            scheduler.step(x[here], y[here])
+        seen = collectives.seen
+        optimizer.step()
+        rates += scheduler.get_last_lr()
+    logging.getLogger("gen_dist").removeHandler(handler)
+    return seen, rates, len(records)
+
+
+def test_a_model_given_without_its_wrapper_is_not_averaged_again(pool: Callable[[int], Pool]) -> None:
+    wrapped, bare = (pool(2).run(bare_inside_ddp, bare)[0] for bare in (False, True))
+    assert bare[:2] == wrapped[:2]
+    assert bare[0] == [("allreduce", 128)]
+    assert (wrapped[2], bare[2]) == (0, 1)
+
+
+def unfrozen_later() -> tuple[list[float], list[float]]:
+    """Rates and weights of training whose embedding is unfrozen after two steps."""
+    inner = new_model()
+    inner.embedding.weight.requires_grad_(False)
+    model = DistributedDataParallel(inner) if dist.is_initialized() else inner
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, inner.parameters(), lr=1e-2)
+    scheduler = gen.ExactGen(optimizer, model, criterion)
+    here, rates = slice_here(), []
+    for number, (x, y) in enumerate(data()[:4]):
+        if number == 2:
+            inner.embedding.weight.requires_grad_(True)
+        optimizer.zero_grad()
+        criterion(model(x[here]), y[here]).backward()
+        scheduler.step(x[here], y[here])
+        optimizer.step()
+        rates += scheduler.get_last_lr()
+    return rates, torch.cat([p.detach().flatten() for p in inner.parameters()]).tolist()
+
+
+def test_layers_that_are_unfrozen_after_ddp_has_wrapped_them_are_averaged(pool: Callable[[int], Pool]) -> None:
+    rates, weights = unfrozen_later()
+    for seen_rates, seen_weights in pool(2).run(unfrozen_later):
+        assert seen_rates == pytest.approx(rates, rel=1e-9)
+        assert seen_weights == pytest.approx(weights, rel=1e-9, abs=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gen_dist.parallel.kind import Kind
 from gen_dist.torch_private import ddp_is_joining, tree_map_only
 
-__all__ = ["DDP"]
+__all__ = ["DDP", "wrapper_of"]
 
 
 class DDP(Kind):
@@ -23,7 +24,8 @@ class DDP(Kind):
 
     def __init__(self, model: nn.Module) -> None:
         self.wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        self.parameters = {id(p) for wrapper in self.wrappers for p in wrapper.parameters()}
+        # DDP leaves out what is frozen when it wraps a model: what is unfrozen later, it never averages
+        self.parameters = {id(p) for wrapper in self.wrappers for p in wrapper.parameters() if p.requires_grad}
 
     def holds(self, tensor: Tensor) -> bool:
         return id(tensor) in self.parameters
@@ -52,6 +54,12 @@ class DDP(Kind):
         """The modules inside, without broadcasts of buffers or preparations for a backward pass."""
         # with mixed precision it is the wrapper's forward that casts the weights
         return {wrapper: _inner_forward(wrapper) for wrapper in self.wrappers if not wrapper.mixed_precision}
+
+
+def wrapper_of(model: nn.Module) -> nn.Module | None:
+    """The `DistributedDataParallel` around a model, if there is one in this process: the model itself does not know."""
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return next((wrapper for wrapper in wrappers if wrapper.module is model), None)
 
 
 def _inner_forward(wrapper: DistributedDataParallel) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ KINDS: tuple[type[Kind], ...] = (Replicas,)
 """The kinds of parallelism. A tensor belongs to the first kind that holds it, in the end to `Replicas`."""
 
 if dist.is_available():
-    from gen_dist.parallel.ddp import DDP
+    from gen_dist.parallel.ddp import DDP, wrapper_of
     from gen_dist.parallel.dtensor import DTensors
     from gen_dist.parallel.fsdp1 import FSDP1
     from gen_dist.parallel.fsdp2 import FSDP2
@@ -51,6 +51,13 @@ class Layout:
         """The ranks that train together: of the group given here, else of the model's wrapper, else all ranks."""
         groups = [process_group, *(kind.process_group for kind in self.kinds)]
         return Ranks(next((group for group in groups if group is not None), None))
+
+    def with_wrapper(self) -> Layout:
+        """The layout of the DDP wrapper around the model, if the model was given without it; else this one."""
+        if not dist.is_available() or not dist.is_initialized() or self.backward_communicates:
+            return self
+        wrapper = wrapper_of(self.model)
+        return self if wrapper is None else Layout(wrapper)
 
     # --------------------------------------------------------------------------------------------- gradients
 
