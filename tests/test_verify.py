@@ -110,7 +110,7 @@ def fails_in_the_try() -> str:
     rank, calls = dist.get_rank(), 0
     model = new_model()
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
-    scheduler = gen.GenScheduler(optimizer, model, companions=[gen.Verification()])
+    scheduler = gen.GenScheduler(optimizer, model, companions=[gen.Verification(), gen.SelfCheck(None)])
     x, y = data()[0]
 
     def closure() -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -63,9 +65,16 @@ def _refuse_hook(what: str) -> None:
 def _register_hook(function: Callable[..., Any], given: Tensor, tensor: Tensor, *hook: Any, **kwargs: Any) -> Any:
     if not moves(tensor):
         return function(given, *hook, **kwargs)
-    if isinstance(given, nn.Parameter):  # whose hooks change the gradient that the optimizer gets, not the loss
-        return torch.utils.hooks.RemovableHandle({})
+    # A hook of a parameter changes the gradient that the optimizer gets, not the loss.
+    if isinstance(given, nn.Parameter) or _only_checks(*hook, **kwargs):
+        return torch.utils.hooks.RemovableHandle(OrderedDict())
     _refuse_hook("a hook that tensor.register_hook adds to an activation")
+
+
+def _only_checks(hook: Any) -> bool:
+    """Whether a hook is Lightning Fabric's, which checks how `backward()` is called and returns nothing."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return str(getattr(function, "__module__", "")).startswith(("lightning.fabric.", "lightning_fabric."))
 
 
 def _unchanged(function: Callable[..., Any], given: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
