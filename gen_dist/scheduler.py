@@ -219,7 +219,8 @@ class GenScheduler(LRScheduler):
         """Let the companions look, which may change the state; return the last state and the report. Collective."""
         factor = self.rule.factor(state.step)
         line = replace(line, direction=line.direction.with_ratios(self._rates.ratios(self.optimizer, state)))
-        seen = Seen(line, self.ranks, measured, factor, self.state, self._probe())
+        before = self.state._replace(rate=self._clamp().of(self.state.rate))
+        seen = Seen(line, self.ranks, measured, factor, before, self._probe())
         state, found = self.companions.look(seen, state)
         parabola = measured.parabola._replace(loss=line.data.sign * measured.parabola.loss)
         return state, report(state.rate * factor, state.reason, parabola, found)

@@ -20,7 +20,7 @@ logger = logging.getLogger("gen_dist")
 
 COARSE = 1e-3  # a relative rounding from which on a mismatch is no proof: half precision
 TOLERANCE = 0.1  # of the slope, relative, that finite differences may be off by, besides what they tell themselves
-SIZES = 5  # of steps that finite differences are checked at
+SIZES = 8  # of steps that finite differences are checked at
 CAUSES = (
     "a closure that computes another loss at each call (other data, a random stream that this library does not know, "
     "state that it changes), a gradient that code replaces (hooks, custom functions), or a fault of this library"
@@ -159,14 +159,16 @@ def _walk_agrees(seen: Seen, ordinary: Ordinary) -> bool:
     """Whether the slope of the walked line is that of the gradient, at the sizes of step that tell it best.
 
     Central differences over ever smaller steps: two that follow each other differ by what the function bends or jumps
-    between them, and each is uncertain by rounding. The pair with the least of both decides.
+    between them. The smallest ones that rise above rounding decide: larger ones may leave the slope behind.
     """
     steps = [seen.probe * 4.0**-k for k in range(SIZES)]
     losses, rounding = walk_over_ranks(seen.line, [0.0, *steps, *(-h for h in steps)], seen.ranks)
     here, ahead, behind = losses[0], losses[1 : SIZES + 1], losses[SIZES + 1 :]
     slopes = [(b - a) / (2 * h) for a, b, h in zip(ahead, behind, steps, strict=True)]
     noise = 2 * max(rounding, ordinary.rounding) * abs(here)
-    pairs = zip(slopes, slopes[1:], steps[1:], strict=False)
-    uncertain, slope = min((2 * abs(wide - near) + noise / h, near) for wide, near, h in pairs)
-    largest = max(abs(slope), abs(ordinary.numerator))
-    return not abs(slope - ordinary.numerator) > TOLERANCE * largest + uncertain
+    for wide, near, h in reversed([*zip(slopes, slopes[1:], steps[1:], strict=False)]):
+        largest = max(abs(near), abs(ordinary.numerator))
+        if noise / h <= TOLERANCE * largest:  # the smallest step that rises above rounding
+            uncertain = 2 * abs(wide - near) + noise / h
+            return not abs(near - ordinary.numerator) > TOLERANCE * largest + uncertain
+    return True
