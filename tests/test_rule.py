@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gen_dist.parabola import Parabola
@@ -75,6 +75,7 @@ rates = st.floats(0, 1e6)
 @given(
     st.lists(st.tuples(numbers, numbers, numbers, st.floats(0, 1e6), numbers, numbers), max_size=8), rates, rates, rates
 )
+@example([(0.0, 2.6e-236, 5e-324, 0.0, 0.0, 1.0)], 0.0, 0.0, 0.0)  # the average of the denominators underflows
 def test_any_measurements_give_rates_inside_the_clamp(
     rule: Raw | Auto, sequence: list[tuple[float, ...]], last: float, a: float, b: float
 ) -> None:

@@ -48,6 +48,11 @@ class AutoMemory(NamedTuple):
     promise: float = 0.0
     from_zero: bool = False
 
+    @property
+    def minimum(self) -> float:
+        """The ratio of the averages; infinite where the denominator is so small that its average underflows."""
+        return self.numerator / self.denominator if self.denominator > 0 else math.inf
+
 
 @dataclass(frozen=True)
 class Auto:
@@ -130,7 +135,7 @@ class Auto:
             best = cap
             if reason is None:
                 memory = self._averaged(memory, parabola)
-                best = min(memory.numerator / memory.denominator, cap)
+                best = min(memory.minimum, cap)
             if best < limit:
                 memory = memory._replace(settled=memory.settled + 1)
             best = min(best, limit)
@@ -157,7 +162,7 @@ class Auto:
         sizes = [parabola.weight_norm / parabola.direction_norm if parabola.direction_norm > 0 else math.nan]
         if memory.from_zero:
             if memory.denominator > 0:
-                sizes.append(memory.numerator / memory.denominator)
+                sizes.append(memory.minimum)
             elif why_no_minimum(parabola) is None:
                 sizes.append(parabola.minimum)
             elif parabola.numerator > 0:
