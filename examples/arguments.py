@@ -88,8 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--curvature",
-        choices=["exact", "gauss-newton", "forward"],
-        default="exact",
+        choices=["auto", "exact", "gauss-newton", "forward"],
+        default="auto",
         help="how the scheduler measures it (default: %(default)s)",
     )
     add("--probes", type=int, choices=[1, 2], help="forward passes of --curvature forward (default: 2)")
@@ -164,7 +164,7 @@ def complaints(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[str]:
         yield f"--parallel {a.parallel} needs ranks: start it with torchrun --standalone --nproc_per_node=2"
     if a.parallel == "none" and ranks.size > 1:
         yield f"--parallel none is for one process, and torchrun started {ranks.size}"
-    if a.probes is not None and a.curvature != "forward":
+    if a.probes is not None and a.curvature not in ("auto", "forward"):
         yield f"--probes {a.probes} belongs to --curvature forward, not to {a.curvature}"
     if not 0 <= a.lr_min <= a.lr_max:
         yield f"--lr-min {a.lr_min:g} --lr-max {a.lr_max:g}: need 0 <= lr-min <= lr-max"

@@ -90,7 +90,7 @@ class AutoGen(GenScheduler):
         lr_min: float = 0.0,
         lr_max: float = math.inf,
         *,
-        curvature: str = "exact",
+        curvature: str = "auto",
         probes: int = 2,
         update_every: int = 8,
         total_steps: int | None = None,

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist.averaging import AveragedWeights, Averaging
 from gen_dist.direction import Direction, GenOptimizer, set_rate
-from gen_dist.line import Criterion, Line, Measured, Method, Slice, as_slice, estimator
+from gen_dist.line import Criterion, Estimator, Line, Measured, Method, NeedsForward, Slice, as_slice, estimator
 from gen_dist.parallel import Layout
 from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_dict, update
 from gen_dist.rates import CommonRate, GroupRates
@@ -44,7 +44,8 @@ class GenScheduler(LRScheduler):
         model: the model that you train, as you call it: plain, in DDP, or after `fully_shard`.
         criterion: `criterion(model(x), y)` is the loss; not needed if you give closures to `step`.
         lr_min, lr_max: the clamp.
-        curvature: `'exact'`, `'gauss-newton'` or `'forward'`.
+        curvature: `'exact'`, `'gauss-newton'`, `'forward'`, or `'auto'`: exact until an operator or the self-check
+            stands against it on any rank, from then on `'forward'` on all, said once in the log.
         probes: forward passes of `'forward'`, 1 or 2.
         update_every: measure at the first of every so many steps. In between the rate stays, and `step` only checks
             whether the gradients are finite.
@@ -86,16 +87,13 @@ class GenScheduler(LRScheduler):
         self.lr_min, self.lr_max = float(lr_min), float(lr_max)
         self._clamp().check()
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
-        self.estimator = estimator(curvature, probes)
         self.rule: Rule = rule if rule is not None else Raw()
-        self.group_rates = "diagonal" if group_rates and self.estimator.differences else group_rates
-        self._rates = GroupRates(self.rule.smoothing, self.group_rates is True) if group_rates else CommonRate()
+        self.group_rates = group_rates
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
         self_check = [] if any(isinstance(each, SelfCheck) for each in companions) else [SelfCheck()]
         self.companions = Companions([*self_check, *companions, Idle()])
-        for companion in self.companions:
-            companion.check(optimizer, self.layout, self.estimator, bool(group_rates))
+        self._measure_by(estimator(curvature, probes))
         averaging = Averaging() if average is True else average
         self.average = AveragedWeights(self.layout, optimizer, averaging) if averaging else None
 
@@ -150,10 +148,7 @@ class GenScheduler(LRScheduler):
         finite = self.layout.gradients_are_finite(parameters, self.ranks)
         direction = self._find_direction(due, finite)
         if due:
-            line = Line(self.layout, direction, data)
-            measured, state = self._measure(line, finite)
-            state = update(self.rule, state, measured.parabola, self._clamp())
-            self.state, self.last = self._look(line, measured, state)
+            self.state, self.last = self._update(Line(self.layout, direction, data), finite)
         self._calls.note(self._set_rates(), expects_step=due and finite)
         self.state = self.state._replace(step=self.state.step + 1)
 
@@ -203,6 +198,31 @@ class GenScheduler(LRScheduler):
         self.optimizer.skip_step()
         if self.average is not None:
             self.average.expect_step(False)
+
+    def _update(self, line: Line, finite: bool) -> tuple[State, Update]:
+        """Measure, decide, and let the companions look: the state of the next rate, and the report. Collective."""
+        try:
+            measured, state = self._measure(line, finite)
+            state = update(self.rule, state, measured.parabola, self._clamp())
+            return self._look(line, measured, state)
+        except NeedsForward as error:
+            failed, reason = self.estimator, error
+        assert failed.fallback is not None
+        self._measure_by(failed.fallback)
+        try:
+            updated = self._update(line, finite)
+        except BaseException:  # it is the model that fails
+            self._measure_by(failed)
+            raise
+        logger.warning("curvature='auto' goes on by forward passes, on all ranks, since %s (said once)", reason)
+        return updated
+
+    def _measure_by(self, estimator: Estimator) -> None:
+        self.estimator = estimator
+        full = self.group_rates is True and not estimator.differences
+        self._rates = GroupRates(self.rule.smoothing, full) if self.group_rates else CommonRate()
+        for companion in self.companions:
+            companion.check(self.optimizer, self.layout, estimator, bool(self.group_rates))
 
     def _measure(self, line: Line, finite: bool) -> tuple[Measured, State]:
         """Measure the line; the state comes back with the groups' ratios. Collective."""
@@ -257,8 +277,8 @@ class GenScheduler(LRScheduler):
         averaging = None if self.average is None else self.average.averaging
         return (
             f"lr_min={self.lr_min}, lr_max={self.lr_max}, curvature={self.curvature!r}, probes={self.probes}, "
-            f"update_every={self.update_every}, rule={self.rule}, average={averaging}, "
-            f"group_rates={self.group_rates!r}, companions={self.companions}"
+            f"measured_by={self.estimator.name!r}, update_every={self.update_every}, rule={self.rule}, "
+            f"average={averaging}, group_rates={self.group_rates!r}, companions={self.companions}"
         )
 
     # -------------------------------------------------------------------------- averaged weights, ranks in sync
@@ -320,6 +340,7 @@ class GenScheduler(LRScheduler):
         """
         return {
             **state_to_dict(self.state),
+            "measured_by": self.estimator.name,
             "base_lrs": [float(rate) for rate in self.base_lrs],
             "last": None if self.last is None else tuple(self.last),
             "companions": self.companions.state_dict(),
@@ -340,6 +361,8 @@ class GenScheduler(LRScheduler):
             self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
             self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
         self.state = state
+        if self.estimator.fallback and state_dict.get("measured_by") == self.estimator.fallback.name:
+            self._measure_by(self.estimator.fallback)
         self.base_lrs = [float(rate) for rate in state_dict["base_lrs"]]
         self.last = None if state_dict["last"] is None else Update(*state_dict["last"])
         first_version = {"Verification": {"updates": state_dict.get("updates", 0)}}

@@ -117,6 +117,22 @@ def fsdp2_compute_dtype(unit: nn.Module) -> torch.dtype | None:
     return cast(Any, unit)._get_fsdp_state()._mp_policy.param_dtype
 
 
+def end_fsdp2_forward(unit: nn.Module) -> None:
+    """End a unit's forward pass that an error has broken off; its weights can then be resharded.
+
+    A unit that is still in its forward pass keeps its weights, also those of the next pass. PyTorch's public
+    `reset_iter_state()`, from 2.13 on, also drops gradients that wait for others to be accumulated.
+    """
+    state = cast(Any, unit)._get_fsdp_state()
+    if state._training_state.name != "FORWARD":
+        return
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for each in (state, *filter(None, groups)):
+        each._training_state = type(each._training_state).IDLE
+    state._modules_to_run_forward.clear()
+    state._state_ctx.iter_forward_root = None
+
+
 # --- parallel: DDP
 
 

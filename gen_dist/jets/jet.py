@@ -27,11 +27,16 @@ _casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
 class UnsupportedOperation(NotImplementedError):
-    """Raised where a model uses an operation that jets cannot pass through. The message names the operation."""
+    """Raised where a model uses an operation that jets cannot pass through. The message names the operation.
+
+    Attributes:
+        reason: the operation and what is wrong with it, without the remedy.
+    """
 
     def __init__(self, operation: object, why: str = "has no verified second derivative") -> None:
+        self.reason = f"{operation} {why}"
         super().__init__(
-            f"{operation} {why}, so 'exact' and 'gauss-newton' curvature cannot pass through it: "
+            f"{self.reason}, so 'exact' and 'gauss-newton' curvature cannot pass through it: "
             "use curvature='forward', which only needs the values of the loss"
         )
 

@@ -4,7 +4,7 @@ from gen_dist.line.by_backward import Ordinary, by_backward
 from gen_dist.line.by_jets import exact, gauss_newton
 from gen_dist.line.by_probes import one_probe, two_probes
 from gen_dist.line.data import Criterion, MicroBatch, Slice, as_slice
-from gen_dist.line.estimators import Estimator, estimator
+from gen_dist.line.estimators import Estimator, NeedsForward, estimator
 from gen_dist.line.line import Line, Walk
 from gen_dist.line.measurement import (
     Measured,
@@ -23,6 +23,7 @@ __all__ = [
     "Measured",
     "Method",
     "MicroBatch",
+    "NeedsForward",
     "Ordinary",
     "Slice",
     "Walk",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gen_dist.direction import Direction, GroupDirection
-from gen_dist.line.estimators import Estimator
+from gen_dist.jets import UnsupportedOperation
+from gen_dist.line.estimators import Estimator, NeedsForward
 from gen_dist.line.line import Line
 from gen_dist.parabola import GroupParabola, Parabola
 from gen_dist.parallel import Layout, Ranks, dense, local
@@ -85,7 +86,7 @@ def measure(line: Line, ranks: Ranks, method: Method, finite: bool, companions: 
 
     `finite` tells whether this rank's gradients are finite. Where those of any rank are not, the parabola is NaN.
     Raises on every rank what went wrong on any: the error itself there, `RuntimeError` elsewhere, and `ValueError` for
-    settings that differ.
+    settings that differ; `NeedsForward` where the estimator has a fallback, which may fail in the same way, or not.
     """
     products = inner_products(line.layout, line.direction, ranks.size, method.norms).sum(0, keepdim=True)
     joint = _reduce([line], ranks, method, finite, products, companions)
@@ -220,7 +221,9 @@ def _reduce(
         if finite and count:
             numbers, rounding = _estimate(lines, method, data.loss)
     except Exception as error:
-        failure = _kept_for_the_reduction(error, layout)
+        # Ranks that gather shards run the same model, and so meet an operation that jets do not know together.
+        known_to_all = method.estimator.fallback and isinstance(error, UnsupportedOperation)
+        failure = error if known_to_all else _kept_for_the_reduction(error, layout)
     # A rank without data cannot know how many micro-batches the others have, and so has no mark to compare.
     has_data, mark = float(count > 0), zlib.crc32(method.settings.encode()) % 2**20  # its square is exact in float64
     here = {
@@ -248,6 +251,8 @@ def _reduce(
     }
     of_shards = {"g.d": g_dot_d, "|theta|^2": weight_square, "|d|^2": direction_square}
     total, sums = ranks.sum_by_name(here, of_lines | of_shards)
+    if total["failed"] and method.estimator.fallback:
+        raise NeedsForward(next(filter(None, ranks.texts(getattr(failure, "reason", _said_by(failure)))))) from failure
     if total["failed"]:
         raise _failure(failure, ranks)
     if total["with data"] * total["mark^2"] != total["mark"] ** 2:
@@ -351,11 +356,15 @@ def _kept_for_the_reduction(error: Exception, layout: Layout) -> Exception:
 
 def _failure(here: Exception | None, ranks: Ranks) -> Exception:
     """What to raise when a rank failed: its own error there, and which rank it was elsewhere."""
-    texts = ranks.texts(f"{type(here).__name__}: {here}" if here is not None else "")
+    texts = ranks.texts(_said_by(here))
     if here is not None:
         return here
     who = ", ".join(f"rank {rank} ({text})" for rank, text in enumerate(texts) if text)
     return RuntimeError(f"the loss could not be evaluated on {who}")
+
+
+def _said_by(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {error}" if error is not None else ""
 
 
 def _comes_from_backward(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from gen_dist.parallel.gathering import Gathering
 from gen_dist.parallel.kind import Kind
 from gen_dist.parallel.pieces import PendingGather, Piece
 from gen_dist.parallel.placement import DTensor, local
-from gen_dist.torch_private import fsdp2_compute_dtype
+from gen_dist.torch_private import end_fsdp2_forward, fsdp2_compute_dtype
 
 __all__ = ["FSDP2"]
 
@@ -39,6 +39,7 @@ class FSDP2(Kind):
 
     def reshard(self) -> None:
         for unit in self.units:
+            end_fsdp2_forward(unit)
             unit.reshard()
 
     def gatherings(self, velocities: Mapping[Tensor, Tensor]) -> list[Gathering]:

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr-min", type=float, metavar="A", help="suggest no less")
     parser.add_argument("--lr-max", type=float, metavar="A", help="suggest no more")
     parser.add_argument(
-        "--curvature", choices=("exact", "forward"), help="'forward' for models with an operator that exact refuses"
+        "--curvature", choices=("auto", "exact", "forward"), help="auto, the default: exact where the model allows it"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the true line and the parabola: .png, .pdf, .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all that was measured")

@@ -14,6 +14,7 @@ up to 2.9 times (`tests/benchmarks/suggestions.py`).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from gen_dist.line import (
     Criterion,
     Line,
     Method,
+    NeedsForward,
     Slice,
     as_slice,
     check_alike,
@@ -45,6 +47,8 @@ from gen_dist.restore import gradients_kept, restored_on_exit
 from gen_dist.suggest.suggestion import Curve, Suggestion
 
 __all__ = ["suggest_lr"]
+
+logger = logging.getLogger("gen_dist")
 
 CONFIDENT = 0.5  # from here on the parabola is believed, otherwise the true line
 SMALLEST = 1e-5  # of the rates that are tried, where 1 is a step as large as the weights
@@ -71,7 +75,7 @@ def suggest_lr(
     weight: float = 1.0,
     lr_min: float = 0.0,
     lr_max: float = math.inf,
-    curvature: str = "exact",
+    curvature: str = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Suggestion:
     """Suggest a learning rate for the optimizer, before training. Nothing is changed by it, bit for bit.
@@ -86,7 +90,7 @@ def suggest_lr(
         held_out: other data to measure the loss on, `(x, y)`, a closure, or a list of such. Worth it.
         weight: this rank's share, where slices are unequal.
         lr_min, lr_max: the clamp.
-        curvature: `'exact'`, or `'forward'` for models with an operator that has no exact one.
+        curvature: `'exact'`, `'forward'`, or `'auto'`: exact where the model's operators allow it, else forward.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
     Costs one training step and 60 to 70 forward passes. Every rank calls it. Raises `ValueError` or `TypeError` on a
@@ -173,7 +177,13 @@ def _measured(
     def seen(line: Line, method: Method) -> Parabola:
         return measure(line, ranks, method, finite, companions={}).parabola
 
-    first = seen(own, method)
+    try:
+        first = seen(own, method)
+    except NeedsForward as reason:
+        logger.info("curvature='auto' goes on by forward passes, since %s", reason)
+        assert method.estimator.fallback is not None
+        method = method._replace(estimator=method.estimator.fallback)
+        first = seen(own, method)
     if method.estimator.differences:
         whole_step, most = _whole_step(first), clamp.lr_max or math.inf
         probe = min(FIRST_PROBE * (whole_step or 1.0), most)
@@ -280,5 +290,5 @@ def _check_arguments(optimizer: Any, weight: Any, clamp: Clamp, curvature: str) 
     clamp.check()
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"weight must be a positive number, this rank's share of the batch, got {weight!r}")
-    if curvature not in ("exact", "forward"):
-        raise ValueError(f"curvature must be 'exact' or 'forward', got {curvature!r}")
+    if curvature not in ("auto", "exact", "forward"):
+        raise ValueError(f"curvature must be 'auto', 'exact' or 'forward', got {curvature!r}")

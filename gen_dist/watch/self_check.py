@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gen_dist.direction import GenOptimizer
-from gen_dist.line import Estimator, Line, Ordinary, by_backward, walk_over_ranks
+from gen_dist.line import Estimator, Line, NeedsForward, Ordinary, by_backward, walk_over_ranks
 from gen_dist.parabola import Parabola
 from gen_dist.parallel import Layout
 from gen_dist.policy import OTHER_FUNCTION, State
@@ -32,9 +32,10 @@ class SelfCheck(Companion):
 
     Every scheduler carries one. At the first update, after a change of the model's mode or of the weights that move,
     and at every so many updates, the loss must be `phi(0)` and `<gradient, d>` must be `-phi'(0)`, to rounding. If
-    not, exact curvature raises `RuntimeError`, and finite differences decline their updates: the loss at displaced
-    weights is then not the function that training differentiates (a target from the same weights behind `detach`, a
-    straight-through or reversed gradient). A check costs one training step. With half precision it only warns.
+    not, exact curvature raises `RuntimeError`, or goes on by finite differences under `curvature='auto'`. Those decline
+    their updates: the loss at displaced weights is then not the function that training differentiates (a target from
+    the same weights behind `detach`, a straight-through or reversed gradient). A check costs one training step. With
+    half precision it only warns.
 
     It also compares `p.grad` with the gradient of the pass, and warns once if they belong to different losses.
     Gradients that were clipped, or come from other random numbers (dropout), are no reason.
@@ -58,7 +59,7 @@ class SelfCheck(Companion):
         self._estimator = estimator
 
     def look(self, seen: Seen, state: State) -> tuple[State, Mapping[str, float]]:
-        model = _description(seen.line)
+        model = (*_description(seen.line), self._estimator)
         due = self.every is not None and (model != self._model or (self.every and self.updates % self.every == 0))
         if due and _is_finite(seen.measured.parabola):
             self._compare(seen)
@@ -78,18 +79,33 @@ class SelfCheck(Companion):
             ordinary = ordinary._replace(numerator=mean)  # some trainers tell FSDP to add gradients up, not to average
         assert self._estimator is not None
         if self._estimator.differences:
-            self.declines = not _walk_agrees(seen, ordinary)
-            if self.declines:
-                self._say(
-                    "declined",
-                    "along the direction the loss falls at another rate than its gradient says, so finite differences "
-                    "measure another function than the one trained: a target from the same weights behind detach() or "
-                    "no_grad, a reversed or straight-through gradient? Updates are declined and the learning rate "
-                    "stays. Use curvature='exact', which follows what autograd does",
-                )
+            why = _why_walk_disagrees(seen, ordinary)
+            self.declines = why is not None
+            if why is not None:
+                self._say("declined", f"{why}. Updates are declined and the learning rate stays")
         else:
-            _check_exact(parabola, ordinary, self._say)
+            self._check_exact(parabola, ordinary)
         self._compare_gradients(parabola, ordinary)
+
+    def _check_exact(self, parabola: Parabola, ordinary: Ordinary) -> None:
+        """Raise if jets computed another loss or slope than the ordinary pass."""
+        assert self._estimator is not None
+        tolerance = 20 * ordinary.rounding
+        other_loss = _differs(parabola.loss, ordinary.loss, tolerance)
+        other_slope = _differs(parabola.numerator, ordinary.numerator, math.sqrt(tolerance))
+        if not (other_loss or other_slope):
+            return
+        text = (
+            f"exact curvature does not agree with an ordinary forward and backward pass on the same data: loss "
+            f"{parabola.loss:.9g} and {ordinary.loss:.9g}, slope {-parabola.numerator:.9g} and "
+            f"{-ordinary.numerator:.9g}. Likely causes: {CAUSES}. "
+        )
+        if ordinary.rounding < COARSE and self._estimator.fallback:
+            raise NeedsForward(text.strip())
+        text += "Use curvature='forward', or companions=[gen_dist.SelfCheck(None)] to go on as it is"
+        if ordinary.rounding < COARSE:
+            raise RuntimeError(text)
+        self._say("exact", text)
 
     def _compare_gradients(self, parabola: Parabola, ordinary: Ordinary) -> None:
         given, own = parabola.gradient_numerator, ordinary.numerator
@@ -104,8 +120,8 @@ class SelfCheck(Companion):
             )
         else:
             text = (
-                f"the gradients are not those of the loss that scheduler.step got: along the direction it falls at "
-                f"rate {own:.3g}, but they say {given:.3g}. Give scheduler.step the batch and the loss of backward()"
+                f"the gradients are not those of the loss that scheduler.step got: along the direction it has the "
+                f"slope {-own:.3g}, but they say {-given:.3g}. Give scheduler.step the batch and the loss of backward()"
             )
         self._say("gradients", text)
 
@@ -137,26 +153,8 @@ def _differs(a: float, b: float, tolerance: float) -> bool:
     return not abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
-def _check_exact(parabola: Parabola, ordinary: Ordinary, say: Any) -> None:
-    """Raise if jets computed another loss or slope than the ordinary pass."""
-    tolerance = 20 * ordinary.rounding
-    other_loss = _differs(parabola.loss, ordinary.loss, tolerance)
-    other_slope = _differs(parabola.numerator, ordinary.numerator, math.sqrt(tolerance))
-    if not (other_loss or other_slope):
-        return
-    text = (
-        f"exact curvature does not agree with an ordinary forward and backward pass on the same data: loss "
-        f"{parabola.loss:.9g} and {ordinary.loss:.9g}, slope {-parabola.numerator:.9g} and {-ordinary.numerator:.9g}. "
-        f"Likely causes: {CAUSES}. Use curvature='forward', or companions=[gen_dist.SelfCheck(None)] to go on as it is"
-    )
-    if ordinary.rounding >= COARSE:
-        say("exact", text)
-    else:
-        raise RuntimeError(text)
-
-
-def _walk_agrees(seen: Seen, ordinary: Ordinary) -> bool:
-    """Whether the slope of the walked line is that of the gradient, at the sizes of step that tell it best.
+def _why_walk_disagrees(seen: Seen, ordinary: Ordinary) -> str | None:
+    """Why the walked line is not the function that training differentiates; None if loss and slope agree.
 
     Central differences over ever smaller steps: two that follow each other differ by what the function bends or jumps
     between them. The smallest ones that rise above rounding decide: larger ones may leave the slope behind.
@@ -164,11 +162,20 @@ def _walk_agrees(seen: Seen, ordinary: Ordinary) -> bool:
     steps = [seen.probe * 4.0**-k for k in range(SIZES)]
     losses, rounding = walk_over_ranks(seen.line, [0.0, *steps, *(-h for h in steps)], seen.ranks)
     here, ahead, behind = losses[0], losses[1 : SIZES + 1], losses[SIZES + 1 :]
+    if _differs(here, ordinary.loss, 20 * max(rounding, ordinary.rounding)):
+        return f"at the same weights the loss is {here:.9g} and {ordinary.loss:.9g}. Likely causes: {CAUSES}"
     slopes = [(b - a) / (2 * h) for a, b, h in zip(ahead, behind, steps, strict=True)]
     noise = 2 * max(rounding, ordinary.rounding) * abs(here)
     for wide, near, h in reversed([*zip(slopes, slopes[1:], steps[1:], strict=False)]):
         largest = max(abs(near), abs(ordinary.numerator))
         if noise / h <= TOLERANCE * largest:  # the smallest step that rises above rounding
             uncertain = 2 * abs(wide - near) + noise / h
-            return not abs(near - ordinary.numerator) > TOLERANCE * largest + uncertain
-    return True
+            if abs(near - ordinary.numerator) > TOLERANCE * largest + uncertain:
+                return (
+                    "along the direction the loss has another slope than its gradient says, so finite differences "
+                    "measure another function than the one trained: a target from the same weights behind detach() or "
+                    "no_grad, a reversed or straight-through gradient? Use curvature='exact', which follows what "
+                    "autograd does, if the model's operators allow it"
+                )
+            break
+    return None
