@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
+from gen_dist.direction import take_momentum
 from gen_dist.parallel import Layout, is_shard, local, placed_like
 from gen_dist.restore import contents_kept, everything_restored, restoring
 from gen_dist.torch_private import foreach_copy_, foreach_lerp_
@@ -28,23 +29,33 @@ HOW_TO_LOAD = (
 
 
 class Averaging(NamedTuple):
-    """How weights are averaged: the window grows, and the weights of step `t` count about as `t^power`.
+    """How weights are averaged, and what of the average the training follows: Schedule-Free, for any optimizer.
 
-    `momentum` is the share of each move of the average that the weights make as well. The averages of plain training
-    (0) lag behind. With momentum, they and the weights continue in the direction of the whole run. This is the
-    interpolation of Schedule-Free (Defazio et al. 2024, arXiv 2405.15682) for any optimizer: theirs is `momentum` 0.9
-    and `power` 9 with an optimizer without momentum, and their learning rate is `1 / (1 - momentum)` times the one
-    here.
+    Schedule-Free (Defazio et al. 2024, arXiv 2405.15682) has three sequences. `z` makes the steps, the result `x` is
+    their average, and gradients are taken between the two, at `y = (1 - momentum) z + momentum x`. The weights in
+    training are `y`, and the rate `r` that users see is that of `y`: `z` steps at `r / (1 - momentum)`.
+
+    Attributes:
+        momentum: how far the weights in training follow the average; 0 for an average that changes nothing.
+        power, rate_power: the weights of step `t` count as `t^power r^rate_power` in the average.
+        takes_over: whether the optimizer's own momentum (beta1 of Adam and AdamW, the momentum of SGD) is set to zero
+            while the averages are kept, since they do its work.
     """
 
-    power: float = 12.0
-    momentum: float = 0.3
+    momentum: float = 0.9
+    power: float = 1.0
+    rate_power: float = 2.0
+    takes_over: bool = False
 
 
 class AveragedWeights:
-    """The average `a` of an optimizer's weights `theta` over a growing window, taken after its steps `t = 1, 2, ...`.
+    """The average `x` of an optimizer's weights, taken after its steps `t = 1, 2, ...` at the rates `r`.
 
-    `k = (power + 1) / (t + power)`; `m = k (theta - a)`; `a += m`; `theta += momentum m`.
+    With `w = t^power r^rate_power` and `W` the sum of all `w`, and `y` the weights after the optimizer's step:
+
+        m = (w / W) / (1 - momentum) (y - x);   x += m;   y += momentum m
+
+    This is Schedule-Free without a buffer for `z = x + (y - x) / (1 - momentum)`.
 
     Each parameter counts its own `t`, from the first step after it came to the optimizer, with its group.
 
@@ -54,12 +65,13 @@ class AveragedWeights:
     """
 
     def __init__(self, layout: Layout, optimizer: Optimizer, averaging: Averaging) -> None:
-        if not (averaging.power >= 0 and 0 <= averaging.momentum <= 1):
-            raise ValueError(f"need power >= 0 and momentum from 0 to 1, got {averaging}")
+        if not (averaging.power >= 0 and averaging.rate_power >= 0 and 0 <= averaging.momentum < 1):
+            raise ValueError(f"need power >= 0, rate_power >= 0 and 0 <= momentum < 1, got {averaging}")
         self.layout = layout
         self.optimizer = optimizer
         self.averaging = averaging
         self.counts: list[int] = []  # of steps, one for each parameter that has an average
+        self.totals: list[float] = []  # the sum W of what they count
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
         self._hook()
@@ -85,6 +97,8 @@ class AveragedWeights:
     def expect_step(self, expected: bool = True) -> None:
         """Say whether the optimizer's next step is one of the training, to be averaged."""
         self.expected = expected
+        if self.averaging.takes_over:
+            take_momentum(self.optimizer)
 
     def _after_step(self) -> None:
         if self.expected:
@@ -96,21 +110,28 @@ class AveragedWeights:
         """Take the present weights into the average, and move them along with it."""
         self.layout.reshard()
         weights = [local(p) for p in self.parameters]
-        for count in sorted(set(self.counts)):
-            these = [index for index, counted in enumerate(self.counts) if counted == count]
-            self._update([self.average[i] for i in these], [weights[i] for i in these], count + 1)
-        self.counts = [count + 1 for count in self.counts]
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
         new = weights[len(self.counts) :]
         self.average += [_precise(w.clone()) for w in new]
-        self.counts += [1] * len(new)
+        self.counts += [0] * len(new)
+        self.totals += [0.0] * len(new)
+        alike = list(zip(self.counts, self.totals, rates, strict=True))
+        for count, total, rate in sorted(set(alike)):
+            these = [index for index, own in enumerate(alike) if own == (count, total, rate)]
+            counts_as = (count + 1) ** self.averaging.power * rate**self.averaging.rate_power
+            if count and counts_as:
+                average, current = [self.average[i] for i in these], [weights[i] for i in these]
+                self._update(average, current, counts_as / (total + counts_as))
+            for index in these:
+                self.counts[index], self.totals[index] = count + 1, total + counts_as
 
-    def _update(self, average: list[Tensor], weights: list[Tensor], count: int) -> None:
-        power, momentum = self.averaging
-        share = (power + 1) / (count + power)
-        foreach_lerp_(average, [_precise(w) for w in weights], share)
-        if momentum:  # theta - a is now 1 - share of what it was
-            averages = [a.to(w.dtype) for a, w in zip(average, weights, strict=True)]
-            foreach_lerp_(weights, averages, -momentum * share / (1 - share))
+    def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
+        momentum = self.averaging.momentum
+        share = weight / (1 - momentum)
+        if momentum:  # first, since y - x is then 1 + momentum share of what it was, and never zero
+            averages = [x.to(y.dtype) for x, y in zip(average, weights, strict=True)]
+            foreach_lerp_(weights, averages, -momentum * share)
+        foreach_lerp_(average, [_precise(y) for y in weights], share / (1 + momentum * share))
 
     @contextlib.contextmanager
     def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:
@@ -148,6 +169,7 @@ class AveragedWeights:
                 average.__dict__[SAVED_BY] = _here()
         return {
             "count": counts if len(set(counts)) > 1 else self.count,
+            "totals": [*self.totals, *([0.0] * (len(pairs) - len(self.totals)))],
             "average": placed if self.layout.shards_have_placement else {_here(): placed},
         }
 
@@ -174,6 +196,14 @@ class AveragedWeights:
                 )
         begun = next((index for index, count in enumerate(counts) if not count), len(counts))
         self.counts, self.average = counts[:begun], [a.clone() for a in averages[:begun]]
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
+        totals = state_dict.get("totals") or [self._total(c, r) for c, r in zip(self.counts, rates, strict=False)]
+        self.totals = [float(total) for total in totals[:begun]]
+
+    def _total(self, count: int, rate: float) -> float:
+        """The sum `W` at a constant rate, for a state of 0.1.0."""
+        _, power, rate_power, _ = self.averaging
+        return count ** (power + 1) / (power + 1) * rate**rate_power
 
     def _of_this_rank(self, saved: Any) -> list[Tensor]:
         if isinstance(saved, Mapping):

@@ -13,6 +13,7 @@ from gen_dist.direction import GenOptimizer
 from gen_dist.line import Criterion
 from gen_dist.policy import Auto
 from gen_dist.scheduler import GenScheduler
+from gen_dist.snapshots import Snapshots
 from gen_dist.watch import Companion
 
 __all__ = ["ApproxGen", "AutoGen", "ExactGen"]
@@ -92,7 +93,7 @@ class AutoGen(GenScheduler):
         *,
         curvature: str = "auto",
         probes: int = 2,
-        update_every: int = 8,
+        update_every: int = 4,
         total_steps: int | None = None,
         rule: Auto | None = None,
         average: bool | Averaging | None = None,
@@ -103,6 +104,8 @@ class AutoGen(GenScheduler):
         if rule is not None and total_steps is not None:
             raise ValueError("give total_steps to the rule: AutoGen(..., rule=Auto(total_steps=...))")
         rule = rule if rule is not None else Auto(total_steps=total_steps)
+        if average is None or average is True:
+            average = Averaging(takes_over=True)
         super().__init__(
             optimizer,
             model,
@@ -113,8 +116,9 @@ class AutoGen(GenScheduler):
             probes=probes,
             update_every=update_every,
             rule=rule,
-            average=average if average is not None else rule.total_steps is None,
+            average=average,
             group_rates=group_rates,
             companions=companions,
             process_group=process_group,
         )
+        self.companions.append(Snapshots(self.layout, optimizer, self.average))

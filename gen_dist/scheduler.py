@@ -150,7 +150,7 @@ class GenScheduler(LRScheduler):
         if due:
             self.state, self.last = self._update(Line(self.layout, direction, data), finite)
         self._calls.note(self._set_rates(), expects_step=due and finite)
-        self.state = self.state._replace(step=self.state.step + 1)
+        self.state = self.rule.advance(self.state, self._clamp())
 
     # ---------------------------------------------------------------------------------- the parts of a step
 

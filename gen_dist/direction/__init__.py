@@ -1,6 +1,7 @@
 """The update direction `d` of any optimizer: its step is `theta <- theta - lr d`."""
 
 from gen_dist.direction.direction import Direction, GroupDirection
+from gen_dist.direction.momentum import give_momentum_back, take_momentum
 from gen_dist.direction.optimizer import (
     GenOptimizer,
     as_gen_optimizer,
@@ -15,7 +16,9 @@ __all__ = [
     "GroupDirection",
     "as_gen_optimizer",
     "direction_without_trace",
+    "give_momentum_back",
     "make_gen_optimizer",
     "rate_ratios",
     "set_rate",
+    "take_momentum",
 ]

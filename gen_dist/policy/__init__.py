@@ -1,6 +1,6 @@
 """The policy: from what was measured to a learning rate, by pure functions of plain numbers."""
 
-from gen_dist.policy.auto import Auto
+from gen_dist.policy.auto import Auto, AutoMemory
 from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
@@ -10,8 +10,8 @@ from gen_dist.policy.rule import (
     NO_DESCENT,
     NOT_FINITE,
     OTHER_FUNCTION,
-    PROMISE_BROKEN,
     SHORTENED,
+    WENT_TOO_FAR,
     Clamp,
     Raw,
     Rule,
@@ -29,9 +29,10 @@ __all__ = [
     "NOT_FINITE",
     "NO_DESCENT",
     "OTHER_FUNCTION",
-    "PROMISE_BROKEN",
     "SHORTENED",
+    "WENT_TOO_FAR",
     "Auto",
+    "AutoMemory",
     "Clamp",
     "Raw",
     "Rule",

@@ -22,7 +22,7 @@ NOT_FINITE = "not finite"
 NO_DESCENT = "the direction does not descend"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
-PROMISE_BROKEN = "the loss did not fall as promised"
+WENT_TOO_FAR = "the rate went too far: back to an earlier state"
 OTHER_FUNCTION = "probes see another function than the one trained"
 FLAT = "the loss does not change along the direction"
 
@@ -59,6 +59,9 @@ class Rule(Protocol):
 
     def decide(self, state: State, parabola: Parabola, steps: int, clamp: Clamp) -> State:
         """The state after an update, `steps` after the one before: a new `rate`, its `reason`, a new `memory`."""
+
+    def advance(self, state: State, clamp: Clamp) -> State:
+        """The state at the next step."""
 
     def is_due(self, state: State, update_every: int) -> bool:
         """Whether the present step makes an update."""
@@ -113,6 +116,9 @@ class Raw:
         best = parabola.minimum  # inf at worst, which the clamp handles
         rate = clamp.of(best)
         return state._replace(rate=rate, reason=ACCEPTED if rate == best else CLAMPED)
+
+    def advance(self, state: State, clamp: Clamp) -> State:
+        return state._replace(step=state.step + 1)
 
     def is_due(self, state: State, update_every: int) -> bool:
         return state.step % update_every == 0
