@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from quality_tasks import TASKS, Dataset, cross_entropy, load
+from quality_tasks import TASKS, Dataset, load
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,11 +77,11 @@ def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: P
     if ranks > 1:
         model = DistributedDataParallel(model)
     optimizer = gen.as_gen_optimizer(task.optimizer(model, 1e-3))
-    scheduler = gen.AutoGen(optimizer, model, cross_entropy)
+    scheduler = gen.AutoGen(optimizer, model, task.loss)
     rates, losses = [], []
     for x, y in task.batches(dataset, steps, seed, rank, ranks):
         optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
+        loss = task.loss(model(x), y)
         loss.backward()
         scheduler.step(x, y, loss=loss)
         optimizer.step()

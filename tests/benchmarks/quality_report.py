@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def line(cells: Iterable[str]) -> str:
 
 # The colours of gen_dist.plots and two more of the same palette; the markers differ as well.
 COLORS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9")
-LOOKS = dict(zip(TASKS, zip(COLORS, "osD^vP", strict=True), strict=True))
+LOOKS = dict(zip(TASKS, cycle(zip(COLORS, "osD^vP", strict=True)), strict=False))
 
 
 def draw(records: list[Record], seeds: list[int], path: Path) -> str:
