@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from quality_rivals import ScheduleFreePlus
-from quality_tasks import ADAMW_RATES, FINE_TUNING_RATES, SGD_RATES, Task
+from quality_tasks import SGD_RATES, TASKS, Task
 from quality_training import (
     AVERAGED,
     LAST,
@@ -66,8 +66,10 @@ def as_scripts_have(rate: float) -> Start:
         return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
-        # the first step is the end of the first share of the run, not its beginning, where the rate would be zero
-        return Decayed(task, model, make_adamw(model, rate), lambda done: shape(done + 1 / (steps + 1)), steps + 1)
+        # from 1 to `steps` of `steps + 1`, since the rate is zero at both ends
+        return Decayed(
+            task, model, make_adamw(model, rate), lambda done: shape((done * steps + 1) / (steps + 1)), steps
+        )
 
     return start
 
@@ -81,8 +83,11 @@ def schedule_free(rate: float) -> Start:
     return start
 
 
-def schedule_free_plus(task: Task, model: nn.Module, steps: int) -> Training:
-    return Polyak(task, model, ScheduleFreePlus(model.parameters()))
+def schedule_free_plus(warm_up: float = 0.0) -> Start:
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        return Polyak(task, model, ScheduleFreePlus(model.parameters(), warm_up=round(warm_up * steps)))
+
+    return start
 
 
 def prodigy_plus(task: Task, model: nn.Module, steps: int) -> Training:
@@ -157,7 +162,7 @@ def regroup(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 GRID = {
     f"{name}-{decay}-{rate:g}": tuned(make, rate, decay)
     for name, make, rates in [
-        ("adamw", make_adamw, sorted({*ADAMW_RATES, *FINE_TUNING_RATES})),
+        ("adamw", make_adamw, sorted({rate for task in TASKS.values() for rate in task.adamw_rates})),
         ("sgd", make_sgd, SGD_RATES),
     ]
     for decay in DECAYS
@@ -169,7 +174,8 @@ UNTUNED_METHODS: dict[str, Start] = {
     "schedule-free-0.001": schedule_free(1e-3),
     "schedule-free": schedule_free(2.5e-3),  # its default
     "schedule-free-0.01": schedule_free(1e-2),
-    "schedule-free-plus": schedule_free_plus,
+    "schedule-free-plus": schedule_free_plus(),
+    "schedule-free-plus-warm-up": schedule_free_plus(WARM_UP),
     "prodigy": prodigy,
     "prodigy-plus": prodigy_plus,
     "d-adapt-adam": d_adapt_adam,

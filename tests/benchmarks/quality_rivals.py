@@ -16,13 +16,14 @@ class ScheduleFreePlus(torch.optim.Optimizer):
 
     With the gradient `g` and the loss `f` at `y`, Adam's direction `d`, and the number `t` of the step:
 
-        rate = max(0, f + beta <g, z - x>) / (sqrt(pi / 2) |g|_1)          Polyak's step
+        rate = min(1, t / warm_up) max(0, f + beta <g, z - x>) / (sqrt(pi / 2) |g|_1)          Polyak's step
         z -= rate d
-        x += c (z - x)       c = w / (the sum of all w),   w = t^r (the largest rate so far)^2
+        x += c (z - x)       c = 1 in the warm-up, then w / (the sum of all w),   w = (the largest rate so far)^2
         y = beta x + (1 - beta) z
 
-    The defaults are those of the reference implementation: r = 0, the norm of the last gradient alone, no warm-up, and
-    no annealing of `beta`. The weights are `y` in training and `x` after `eval()`. Call `see` before each `step`.
+    The defaults are those of the reference implementation: no power of `t` in `w`, the norm of the last
+    gradient alone, no warm-up, and no annealing of `beta`. The weights are `y` in training and `x` after `eval()`. Call
+    `see` before each `step`.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         beta: float = 0.9,
-        r: float = 0.0,
+        warm_up: int = 0,
     ) -> None:
-        super().__init__(parameters, {"betas": betas, "eps": eps, "beta": beta, "r": r})
+        super().__init__(parameters, {"betas": betas, "eps": eps, "beta": beta})
+        self.warm_up = warm_up
         self.steps = 0
         self.rate = self.largest_rate = self.sum_of_weights = 0.0
         self.loss, self.shrunk = math.nan, 1.0
@@ -48,15 +50,20 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         parameters = self.trained()
         self.rate = self.polyak_rate(parameters)
         self.largest_rate = max(self.largest_rate, self.rate)
-        group = self.param_groups[0]
-        weight = self.steps ** group["r"] * self.largest_rate**2
-        self.sum_of_weights += weight
-        share = weight / self.sum_of_weights if self.sum_of_weights else 1.0
+        share = self.share()
         for parameter in parameters:
             x, z = self.state[parameter]["x"], self.state[parameter]["z"]
             z.sub_(self.direction(parameter), alpha=self.rate)
             x.lerp_(z, share)
-            torch.lerp(z, x, group["beta"], out=parameter)
+            torch.lerp(z, x, self.param_groups[0]["beta"], out=parameter)
+
+    def share(self) -> float:
+        """The share `c` of the newest `z` in the average."""
+        if self.steps <= self.warm_up:
+            return 1.0
+        weight = self.largest_rate**2
+        self.sum_of_weights += weight
+        return weight / self.sum_of_weights if weight else 1.0
 
     def trained(self) -> list[Tensor]:
         """The parameters with gradients, each with its state."""
@@ -77,7 +84,8 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             norm += float(gradient.abs().sum())
             slope += float((gradient * (state["z"] - state["x"])).sum())
         numerator = self.loss + self.param_groups[0]["beta"] * slope / self.shrunk
-        return max(0.0, numerator) / (GAUSSIAN * norm / self.shrunk) if norm else 0.0
+        warm = min(1.0, self.steps / self.warm_up) if self.warm_up else 1.0
+        return warm * max(0.0, numerator) / (GAUSSIAN * norm / self.shrunk) if norm else 0.0
 
     def direction(self, parameter: Tensor) -> Tensor:
         """Adam's, with both moments corrected for their start at zero."""

@@ -53,6 +53,7 @@ TRAIN_LOSS, TEST_LOSS = "train_loss", "test_loss"
 
 ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FINE_TUNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+REGRESSION_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -125,7 +126,9 @@ def ladder(size: str, depth: int, width: int, steps: int, rates: tuple[float, ..
 
 
 def regression(title: str, data: str, model: Callable[[], nn.Module], steps: int, batch_size: int) -> Task:
-    return Task(title, data, lambda _: model(), steps, batch_size, 10_000, loss=squared_error)
+    return Task(
+        title, data, lambda _: model(), steps, batch_size, 10_000, adamw_rates=REGRESSION_RATES, loss=squared_error
+    )
 
 
 SINGLE = {
@@ -142,7 +145,7 @@ SINGLE = {
     "vae": fashion("VAE", lambda _: VAE(), 600, data=PIXELS, loss=negative_elbo),
     "resnet": fashion("ResNet", resnet, 300),
     "vit": fashion("ViT", ViT, 400),
-    "diabetes": regression("diabetes, noisy", "diabetes", lambda: regression_net(10, 16), 300, 32),
+    "diabetes": regression("diabetes, noisy", "diabetes", lambda: regression_net(10, 4), 300, 32),
     "friedman": regression("Friedman 1, noisy", "friedman", lambda: regression_net(10, 64), 500, 64),
     "drift": replace(
         regression("teacher, drifting", "teacher", lambda: zero(regression_net(TEACHER_INPUTS, 64)), 500, 64), drift=30
