@@ -27,7 +27,17 @@ from torch import nn
 
 import gen_dist as gen
 
-__all__ = ["AVERAGED", "GRID", "LAST", "METHODS", "UNTUNED_METHODS", "Training", "takes_part"]
+__all__ = [
+    "AVERAGED",
+    "DECAYS",
+    "GRID",
+    "LAST",
+    "METHODS",
+    "UNTUNED_METHODS",
+    "UNTUNED_RATES",
+    "Training",
+    "takes_part",
+]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some rate to begin with
@@ -35,11 +45,12 @@ UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some
 Start = Callable[[Task, nn.Module, int], Training]  # from task, model and number of steps
 
 WARM_UP = 0.1  # of the steps, as most scripts have it
-UNTUNED_RATES = (1e-3, 3e-3, 1e-2)  # of AdamW: rivals in their own right, on every task
+UNTUNED_RATES = {"constant": (1e-3, 3e-3, 1e-2), "warmed": (3e-4, 1e-3)}  # of AdamW: rivals on every task
 DECAYS: dict[str, Callable[[float], float] | None] = {
     "constant": None,
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "warmed": lambda done: min(done / WARM_UP, (1 - done) / (1 - WARM_UP)),  # as scripts have it, then linear
 }
 
 
@@ -55,21 +66,6 @@ def tuned(make: Callable[[nn.Module, float], torch.optim.Optimizer], rate: float
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer, shape = make(model, rate), DECAYS[decay]
         return Constant(task, model, optimizer) if shape is None else Decayed(task, model, optimizer, shape, steps)
-
-    return start
-
-
-def as_scripts_have(rate: float) -> Start:
-    """AdamW at a customary rate: a tenth of the steps to warm up, then a linear decay to zero."""
-
-    def shape(done: float) -> float:
-        return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
-
-    def start(task: Task, model: nn.Module, steps: int) -> Training:
-        # from 1 to `steps` of `steps + 1`, since the rate is zero at both ends
-        return Decayed(
-            task, model, make_adamw(model, rate), lambda done: shape((done * steps + 1) / (steps + 1)), steps
-        )
 
     return start
 
@@ -169,8 +165,6 @@ GRID = {
     for rate in rates
 }
 UNTUNED_METHODS: dict[str, Start] = {
-    "adamw-warm-up-0.001": as_scripts_have(1e-3),
-    "adamw-warm-up-0.0003": as_scripts_have(3e-4),
     "schedule-free-0.001": schedule_free(1e-3),
     "schedule-free": schedule_free(2.5e-3),  # its default
     "schedule-free-0.01": schedule_free(1e-2),
@@ -210,4 +204,4 @@ def takes_part(method: str, task: Task) -> bool:
     name, decay, rate = method.split("-", 2)
     if name == "sgd":
         return task.sgd
-    return float(rate) in task.adamw_rates or (decay == "constant" and float(rate) in UNTUNED_RATES)
+    return float(rate) in task.adamw_rates or float(rate) in UNTUNED_RATES.get(decay, ())

@@ -20,7 +20,7 @@ COLORS = {"language": BLUE, "images": ORANGE, "regression": GREEN}  # by kind of
 LOOKS = list(zip((BLACK, BLUE, "#56B4E9", GREEN, ORANGE, VERMILION, "#CC79A7", GREY), "osD^vP<>", strict=True))
 WIDEST = 4.0  # gaps beyond this factor are drawn at the edge
 LADDER_LINES = (  # as many as a reader can tell apart: AutoGen, what scripts have, and the best known of the rivals
-    "autogen", "adamw-warm-up-0.001", "adamw-warm-up-0.0003", "schedule-free", "schedule-free-0.01",
+    "autogen", "AdamW 0.001, warmed", "AdamW 0.0003, warmed", "schedule-free", "schedule-free-0.01",
     "schedule-free-plus-warm-up", "prodigy", "prodigy-plus",
 )  # fmt: skip
 TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 3, 4)

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from quality_methods import AVERAGED, GRID, LAST, UNTUNED_METHODS
+from quality_methods import AVERAGED, DECAYS, GRID, LAST, UNTUNED_METHODS, UNTUNED_RATES
 from quality_tasks import DESIGN_TASKS, HELD_OUT_TASKS, TASKS
 
 Record = dict[str, Any]
@@ -30,12 +30,13 @@ def rows() -> list[Row]:
     """A row of the table; a tuned row is the best of its grid on each task."""
     found: list[Row] = []
     for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
-        for decay in ("constant", "linear", "cosine"):
+        for decay in DECAYS:
             found.append((f"{name} tuned, {decay}", group(f"{optimizer}-{decay}-.*"), LAST))
         found.append((f"{name} tuned, averaged", group(f"{optimizer}-constant-.*"), AVERAGED))
-    for rate in ("0.001", "0.003", "0.01"):
-        found.append((f"AdamW {rate}", [f"adamw-constant-{rate}"], LAST))
-        found.append((f"AdamW {rate}, averaged", [f"adamw-constant-{rate}"], AVERAGED))
+    for rate in UNTUNED_RATES["constant"]:
+        found.append((f"AdamW {rate:g}", [f"adamw-constant-{rate:g}"], LAST))
+        found.append((f"AdamW {rate:g}, averaged", [f"adamw-constant-{rate:g}"], AVERAGED))
+    found += [(f"AdamW {rate:g}, warmed", [f"adamw-warmed-{rate:g}"], LAST) for rate in UNTUNED_RATES["warmed"]]
     for method in UNTUNED_METHODS:
         if method.startswith(AVERAGING):
             found.append((method, [method], AVERAGED))

@@ -53,7 +53,7 @@ TRAIN_LOSS, TEST_LOSS = "train_loss", "test_loss"
 
 ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FINE_TUNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-REGRESSION_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LARGE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for regressions, recurrent networks and short runs
 SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -126,9 +126,7 @@ def ladder(size: str, depth: int, width: int, steps: int, rates: tuple[float, ..
 
 
 def regression(title: str, data: str, model: Callable[[], nn.Module], steps: int, batch_size: int) -> Task:
-    return Task(
-        title, data, lambda _: model(), steps, batch_size, 10_000, adamw_rates=REGRESSION_RATES, loss=squared_error
-    )
+    return Task(title, data, lambda _: model(), steps, batch_size, 10_000, adamw_rates=LARGE_RATES, loss=squared_error)
 
 
 SINGLE = {
@@ -141,7 +139,7 @@ SINGLE = {
         "film reviews, fine-tuned MiniLM", REVIEWS, SentenceClassifier, 120, 16, 512, adamw_rates=FINE_TUNING_RATES
     ),
     "post-norm": text("post-norm transformer", PostNormTransformer, 300, batch_size=16),
-    "lstm": text("LSTM, clipped", LSTM, 400, clip=0.25),
+    "lstm": text("LSTM, clipped", LSTM, 400, clip=0.25, adamw_rates=LARGE_RATES),
     "vae": fashion("VAE", lambda _: VAE(), 600, data=PIXELS, loss=negative_elbo),
     "resnet": fashion("ResNet", resnet, 300),
     "vit": fashion("ViT", ViT, 400),
@@ -151,23 +149,23 @@ SINGLE = {
         regression("teacher, drifting", "teacher", lambda: zero(regression_net(TEACHER_INPUTS, 64)), 500, 64), drift=30
     ),
     "gpt-0.1m": ladder("0.1M", 2, 64, 150, (1e-3, 3e-3, 1e-2, 3e-2), 512),
-    "gpt-3m": ladder("3M", 4, 256, 150, (3e-4, 1e-3, 3e-3, 1e-2), 256),
+    "gpt-3m": ladder("3M", 4, 256, 150, (3e-4, 1e-3, 3e-3), 256),
     "gpt-25m": ladder("25M", 8, 512, 80, (3e-5, 1e-4, 3e-4, 1e-3), 64),
     "gpt-43m": ladder("43M", 6, 768, 60, (3e-5, 1e-4, 3e-4, 1e-3), 64),
 }
 LADDER = ("gpt-0.1m", "gpt-3m", "gpt-25m", "gpt-43m")
 
 
-def of_length(name: str, suffix: str, steps: int) -> dict[str, Task]:
+def of_length(name: str, suffix: str, steps: int, **others: Any) -> dict[str, Task]:
     task = SINGLE[name]
-    return {f"{name}-{suffix}": replace(task, title=f"{task.title}, {steps} steps", steps=steps)}
+    return {f"{name}-{suffix}": replace(task, title=f"{task.title}, {steps:,} steps", steps=steps, **others)}
 
 
 SHORT = {
     key: task
     for name in ("cnn", "friedman", "lstm", "vit")
     for steps in (40, 100)
-    for key, task in of_length(name, str(steps), steps).items()
+    for key, task in of_length(name, str(steps), steps, adamw_rates=LARGE_RATES).items()
 }
 LONG = {
     key: task
