@@ -12,6 +12,10 @@ from gen_dist.policy.state import State
 
 __all__ = ["Auto", "AutoMemory"]
 
+# Growth slows between these shares of the limits.
+QUICK_BELOW = 0.01
+SLOW_FROM = 0.1
+
 
 class AutoMemory(NamedTuple):
     """What `Auto` remembers between updates.
@@ -75,7 +79,6 @@ class Auto:
     edge: float = 1.5
     share: float = 0.3
     resume: float = 2 / 3
-    near: float = 0.2
     creep: float = 2.0
     far: float = 4.0
     settled_stride: int = 2
@@ -88,8 +91,8 @@ class Auto:
             raise ValueError(f"need 0 <= smoothing < 1 and 1 <= growth <= quick, got {self}")
         if not (isinstance(self.settled_stride, int) and self.settled_stride >= 1):
             raise ValueError(f"settled_stride must be a whole number of updates, got {self.settled_stride!r}")
-        if not (self.start > 0 and 0 < self.near <= self.resume <= self.edge < self.far and self.share > 0):
-            raise ValueError(f"need 0 < start, 0 < share, and 0 < near <= resume <= edge < far, got {self}")
+        if not (self.start > 0 and 0 < self.resume <= self.edge < self.far and self.share > 0):
+            raise ValueError(f"need 0 < start, 0 < share, and 0 < resume <= edge < far, got {self}")
 
     def begin(self, rate: float) -> State:
         return State(rate, memory=AutoMemory())
@@ -135,8 +138,9 @@ class Auto:
 
     def _growth(self, memory: AutoMemory, rate: float, of_minimum: float, of_loss: float) -> float:
         if not memory.settled:
-            is_near = of_minimum > self.near or of_loss > self.near * self.share
-            return self.growth if is_near else self.quick
+            near = max(of_minimum / self.edge, of_loss / self.share, QUICK_BELOW)  # the limits are at 1
+            slowed = min(math.log(near / QUICK_BELOW) / math.log(SLOW_FROM / QUICK_BELOW), 1.0)
+            return self.quick + slowed * (self.growth - self.quick)
         free = of_minimum < self.resume and of_loss < self.share and rate * memory.loss <= memory.budget
         return 1 + self.creep / memory.age if free else 1.0
 
@@ -144,10 +148,8 @@ class Auto:
         """Growth went too far: to the snapshot before the last two, at half its rate."""
         snapshots = memory.snapshots[: max(1, len(memory.snapshots) - 2)]
         ceiling, rate = min(rate / 4, memory.ceiling), snapshots[-1] / 2
-        averages = {"numerator": 0.0, "denominator": 0.0, "loss": 0.0}
-        memory = memory._replace(
-            settled=True, budget=math.inf, ceiling=ceiling, growth=1.0, snapshots=snapshots, **averages
-        )
+        memory = memory._replace(numerator=0.0, denominator=0.0, loss=0.0)
+        memory = memory._replace(settled=True, budget=math.inf, ceiling=ceiling, growth=1.0, snapshots=snapshots)
         return state._replace(rate=clamp.of(rate), reason=WENT_TOO_FAR, memory=memory)
 
     def _whole_step(self, memory: AutoMemory, parabola: Parabola) -> float | None:

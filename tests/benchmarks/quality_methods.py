@@ -138,7 +138,7 @@ def autogen(
         optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
         if groups:
             regroup(optimizer, model)
-        known = {"total_steps": steps, "decay": horizon} if horizon else {}
+        known = {"total_steps": steps} if horizon else {}
         options: dict[str, Any] = {"rule": gen.Auto(**rule, **known), "group_rates": groups, "average": averaging}
         return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, **options))
 
@@ -181,15 +181,19 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-adamw": autogen(make=make_adamw),
     "autogen-groups": autogen(groups=True),
     "autogen-groups-diagonal": autogen(groups="diagonal"),
-    "autogen-no-momentum": autogen(averaging=gen.Averaging(power=8, momentum=0)),
+    "autogen-optimizers-momentum": autogen(averaging=gen.Averaging(momentum=0.3, power=8, rate_power=0)),
+    "autogen-both-momenta": autogen(averaging=gen.Averaging()),
     "autogen-unsmoothed": autogen(smoothing=0.0),
-    "autogen-unlimited-growth": autogen(growth=math.inf),
-    "autogen-never-settling": autogen(settle_after=10**9),
-    "autogen-never-shrinking": autogen(shrink=1.0),
-    "autogen-no-cap": autogen(cap=math.inf),
-    "autogen-large-start": autogen(start=0.1),
-    "autogen-linear": autogen(horizon="linear"),
-    "autogen-cosine": autogen(horizon="cosine"),
+    "autogen-slow-growth": autogen(quick=1.07),
+    "autogen-quick-growth": autogen(quick=1.5),
+    "autogen-edge-1": autogen(edge=1.0),
+    "autogen-edge-2": autogen(edge=2.0),
+    "autogen-share-0.15": autogen(share=0.15),
+    "autogen-no-share": autogen(share=math.inf),
+    "autogen-no-creep": autogen(creep=0.0),
+    "autogen-no-way-back": autogen(far=math.inf),
+    "autogen-start-5e-4": autogen(start=5e-4),
+    "autogen-start-2e-4": autogen(start=2e-4),
 }
 METHODS = GRID | UNTUNED_METHODS
 
