@@ -112,7 +112,7 @@ def undisturbed(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in Linux's /proc")
-@pytest.mark.timeout(240)  # two restarts, on a busy machine
+@pytest.mark.timeout(240)  # three restarts, on a busy machine
 @pytest.mark.parametrize("seed", range(KILLED_RUNS))
 def test_ranks_killed_at_random_change_nothing(
     tmp_path: Path, mlp: list[str], undisturbed: list[tuple[Any, ...]], seed: int
