@@ -389,7 +389,7 @@ def is_called_by_checkpoint() -> bool:
 
 _checkpoint = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 
-_SWITCHING = ("gen_dist.jets.mode", "torch.autograd.grad_mode")
+_SWITCHING = ("gen_dist.jets.mode", "gen_dist.jets.stops", "torch.autograd.grad_mode")
 """The modules between a program that switches gradients and a mode that asks who did."""
 
 

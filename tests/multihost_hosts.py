@@ -58,8 +58,8 @@ class Hosts:
                 self._ip("-n", space, "link", "set", "lo", "up")
             for host in range(self.size):
                 self._table_of_names(host)
-                # The kernel gives a dead connection up after 10 s, not a quarter of an hour.
-                self.run(host, ["sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2"])
+                # The kernel gives a dead connection up after 6 s, not a quarter of an hour.
+                self.run(host, ["sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2"])
             if self.delay:
                 self._lay_wire()
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -18,22 +19,39 @@ from typing import Any
 import checkpoints
 import programs
 import pytest
+import torch
 from rank_pool import Pool
 from training_example import TRAIN, trained
 
-KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 2))
-KILLS = 2  # in each of them
+KILLED_RUNS = int(os.environ.get("GEN_DIST_KILLED_RUNS", 1))
+KILLS = 3  # in each of them
 LIMIT = 100  # seconds for a run
 
 Halves = tuple[Path, list[tuple[Any, ...]]]
 
-MLP = ["--model", "mlp", "--batch-size", "64", "--no-plot", "--checkpoint-every", "5"]  # 22 steps an epoch
+
+@pytest.fixture(scope="module")
+def mlp(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What all runs train, on a data set in files: ranks that start over and over would import scikit-learn each time.
+
+    An epoch has 22 steps.
+    """
+    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    centres = torch.randint(0, 256, (10, 8, 8), generator=generator, dtype=torch.uint8)
+    for part, size in (("train", 1437), ("t10k", 360)):
+        labels = torch.randint(0, 10, (size,), generator=generator, dtype=torch.uint8)
+        noise = torch.randint(0, 256, (size, 8, 8), generator=generator, dtype=torch.uint8)
+        for kind, values in (("images-idx3", centres[labels.long()] // 4 + noise // 4 * 3), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, values.dim()]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + values.numpy().tobytes()))
+    return ["--model", "mlp", "--data", "fashion-mnist", "--data-dir", str(folder), "--batch-size", "64", "--no-plot",
+            "--checkpoint-every", "5"]  # fmt: skip
 
 
 @contextlib.contextmanager
 def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     """Start the job on two ranks, in a session of its own; at the end of the block, kill all its processes."""
-    command = [*programs.torchrun(2, "--max-restarts=3"), str(TRAIN), *arguments]
+    command = [*programs.torchrun(2, f"--max-restarts={KILLS}"), str(TRAIN), *arguments]
     with (cwd / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             command,
@@ -85,18 +103,22 @@ def lines_in(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+def undisturbed(
+    pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory, mlp: list[str]
+) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    pool(2).run(trained, [*MLP, "--epochs", "4", "--output", str(folder)])
+    pool(2).run(trained, [*mlp, "--epochs", "4", "--output", str(folder)])
     return trace(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in Linux's /proc")
-@pytest.mark.timeout(240)  # two restarts, on a busy machine
+@pytest.mark.timeout(240)  # three restarts, on a busy machine
 @pytest.mark.parametrize("seed", range(KILLED_RUNS))
-def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list[tuple[Any, ...]], seed: int) -> None:
+def test_ranks_killed_at_random_change_nothing(
+    tmp_path: Path, mlp: list[str], undisturbed: list[tuple[Any, ...]], seed: int
+) -> None:
     draw = random.Random(seed)
-    arguments = [*MLP, "--epochs", "4", "--output", "out", "--checkpoint", "saved"]
+    arguments = [*mlp, "--epochs", "4", "--output", "out", "--checkpoint", "saved"]
     metrics, killed = tmp_path / "out" / "metrics.jsonl", {0}
     with started(*arguments, cwd=tmp_path) as process:
         for step in sorted(draw.sample(range(1, 80), k=KILLS)):
@@ -118,21 +140,23 @@ def test_ranks_killed_at_random_change_nothing(tmp_path: Path, undisturbed: list
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
+def halves(tmp_path_factory: pytest.TempPathFactory, mlp: list[str]) -> Halves:
     """The folder of a run of one epoch, with checkpoints, and the trace of a run of two epochs."""
     folder = tmp_path_factory.mktemp("halves")
-    run(*MLP, "--epochs", "2", "--output", "whole", cwd=folder)
-    run(*MLP, "--epochs", "1", "--output", "out", "--checkpoint", "saved", cwd=folder)
+    run(*mlp, "--epochs", "2", "--output", "whole", cwd=folder)
+    run(*mlp, "--epochs", "1", "--output", "out", "--checkpoint", "saved", cwd=folder)
     return folder, trace(folder / "whole")
 
 
-GO_ON = [*MLP, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
+@pytest.fixture
+def go_on(mlp: list[str]) -> list[str]:
+    return [*mlp, "--epochs", "2", "--output", "out", "--checkpoint", "saved"]
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: Halves) -> None:
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, halves: Halves, go_on: list[str]) -> None:
     """The second process starts in the usual way, like the command of a user."""
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
-    command = [sys.executable, str(TRAIN), *GO_ON]
+    command = [sys.executable, str(TRAIN), *go_on]
     done = subprocess.run(
         command, cwd=tmp_path, env=programs.ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT
     )
@@ -166,10 +190,10 @@ def leave_it_partial(newest: Path) -> None:
     newest.rename(newest.with_name(newest.name + ".partial"))
 
 
-def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, halves: Halves) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, halves: Halves, go_on: list[str]) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     truncate(tmp_path / "saved" / "step-00000022")
-    skipped, good = run(*GO_ON, cwd=tmp_path).splitlines()[:2]
+    skipped, good = run(*go_on, cwd=tmp_path).splitlines()[:2]
     assert skipped == "checkpoint saved/step-00000022: skipped, its file __0_0.distcp is not as it was written"
     assert good == "checkpoint saved/step-00000020: going on from it"
     assert trace(tmp_path / "out") == halves[1]
@@ -194,18 +218,20 @@ def test_damage_of_any_kind_is_found(tmp_path: Path, halves: Halves, damage: Cal
     assert checkpoints.whats_wrong(before) is None
 
 
-def test_it_begins_anew_where_no_checkpoint_is_whole(tmp_path: Path, halves: Halves) -> None:
+def test_it_begins_anew_where_no_checkpoint_is_whole(tmp_path: Path, halves: Halves, go_on: list[str]) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     for checkpoint in (tmp_path / "saved").iterdir():
         truncate(checkpoint)
-    run(*GO_ON, cwd=tmp_path)
+    run(*go_on, cwd=tmp_path)
     assert trace(tmp_path / "out") == halves[1]
 
 
-def test_it_goes_on_with_other_ranks(pool: Callable[[int], Pool], tmp_path: Path, halves: Halves) -> None:
+def test_it_goes_on_with_other_ranks(
+    pool: Callable[[int], Pool], tmp_path: Path, halves: Halves, mlp: list[str]
+) -> None:
     shutil.copytree(halves[0], tmp_path, dirs_exist_ok=True)
     folders = ["--output", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "saved")]
-    pool(2).run(trained, [*MLP, "--epochs", "2", *folders, "--parallel", "fsdp2"])
+    pool(2).run(trained, [*mlp, "--epochs", "2", *folders, "--parallel", "fsdp2"])
     seen, expected = trace(tmp_path / "out"), halves[1]
     assert [record[0] for record in seen] == [*range(1, 45)]
     assert seen[:22] == expected[:22]
@@ -213,7 +239,7 @@ def test_it_goes_on_with_other_ranks(pool: Callable[[int], Pool], tmp_path: Path
         assert mine[1:3] == pytest.approx(theirs[1:3], rel=1e-3)  # loss and rate, in float32
 
 
-def test_another_run_is_refused(tmp_path: Path, halves: Halves) -> None:
-    done = programs.run(TRAIN, *GO_ON, "--batch-size", "32", cwd=halves[0])
+def test_another_run_is_refused(tmp_path: Path, halves: Halves, go_on: list[str]) -> None:
+    done = programs.run(TRAIN, *go_on, "--batch-size", "32", cwd=halves[0])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--checkpoint saved holds a run with --batch-size 64, not 32")

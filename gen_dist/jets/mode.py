@@ -1,8 +1,8 @@
-"""`JetMode`: runs a program on jets in place of its weights, and stops derivatives where autograd stops them."""
+"""`JetMode`: runs a program on jets in place of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -12,17 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from gen_dist.jets.adopted import Adopted
 from gen_dist.jets.bodies import body_of
-from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values, without_derivatives
+from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
+from gen_dist.jets.stops import Stops, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
-    backward_hook_function,
-    is_called_by_checkpoint,
     is_wrapped_by_a_transform,
     recurrent_kernels,
     replace_what_transforms_wrap,
     set_grad_enabled,
-    transform_level,
     transforms_are_active,
     watch_autograd_functions,
     watch_backward,
@@ -63,12 +61,9 @@ class JetMode(TorchFunctionMode):
         super().__init__()
         self.table = table
         self.tracks = tracks
-        self.stopped = False  # whether the program is inside a `no_grad` region of its own
-        self._level = 0  # how many transforms of torch.func there were when it entered that region
-        self._outer: list[bool] = []
+        self._stops = Stops()
         self._adopted = Adopted()
         self._entered: set[Callable[..., Any]] = set()  # functions whose bodies run
-        self._functions: list[type] = []  # autograd.Functions whose forward runs
         self._has_left = False
 
     def __enter__(self) -> JetMode:
@@ -110,7 +105,7 @@ class JetMode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         special = function in SPECIAL
         if special and function is set_grad_enabled:
-            return self._switch_gradients(args[0])
+            return self._stops.switch_gradients(args[0])
         kind = getattr(function, "__name__", "")
         if kind == "__set__" or (special and function == GRAD):  # an attribute of the tensor itself
             return function(*(args[0], *values(args[1:])))
@@ -123,8 +118,8 @@ class JetMode(TorchFunctionMode):
                 return ANSWERS[function](function, given, *args, **kwargs)
             if function is torch.autograd.grad:
                 return self._gradient(*args, **kwargs)
-        if (special and function in DETACH) or self._stops(args, kwargs):
-            return function(*self._constant(args), **self._constant(kwargs))
+        if (special and function in DETACH) or self._stops.at(args, kwargs):
+            return function(*constant(args), **constant(kwargs))
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
         if special or type(function) is FunctionType:
@@ -184,7 +179,7 @@ class JetMode(TorchFunctionMode):
         target = kwargs["out"] if "out" in kwargs else args[0] if args else None
         if type(target) is not Tensor or not (target.is_floating_point() or target.is_complex()):
             return args, kwargs
-        sources = [x for x in _leaves((args, kwargs)) if moves(x)]
+        sources = [x for x in leaves((args, kwargs)) if moves(x)]
         if not sources or transforms_are_active():  # which refuse to write into what they do not wrap
             return args, kwargs
         jet = self._adopted.adopt(target)
@@ -192,84 +187,23 @@ class JetMode(TorchFunctionMode):
             raise UnsupportedOperation("a write through a view in a loss that takes gradients", "cannot be followed")
         return ((jet, *args[1:]), kwargs) if "out" not in kwargs else (args, {**kwargs, "out": jet})
 
-    # ---------------------------------------------------------------------------------- where derivatives stop
-
-    def _stops(self, args: Any, kwargs: Any) -> bool:
-        """Whether derivatives stop at this call."""
-        if torch.is_grad_enabled():
-            return torch.is_inference_mode_enabled() or (self.stopped and transforms_are_active())
-        if self.stopped or torch.is_inference_mode_enabled():
-            return True
-        # Neither the program nor a region of it has disabled gradients: an autograd.Function or PyTorch's own code has.
-        if not any(isinstance(x, Jet) for x in _leaves((args, kwargs))):
-            return False
-        if not self._functions:
-            return True
-        _refuse_custom(self._functions[-1])
-        return False
-
-    def _constant(self, arguments: Any) -> Any:
-        """Return the arguments without derivatives."""
-        if isinstance(arguments, Tensor):
-            return without_derivatives(arguments, transforms_are_active())
-        if type(arguments) in (tuple, list):
-            return type(arguments)([self._constant(x) for x in arguments])
-        if type(arguments) is dict:
-            return {key: self._constant(x) for key, x in arguments.items()}
-        return arguments
-
-    def _switch_gradients(self, enabled: bool) -> Any:
-        """Switch gradients on or off, and record that the program enters or leaves `no_grad` or `enable_grad`.
-
-        A switch from enabled to disabled enters a `no_grad` region or leaves an `enable_grad` region. Only switches by
-        the program are seen here. PyTorch disables gradients in the forward of an autograd.Function without such a
-        switch, and derivatives do not stop there.
-        """
-        before = torch.is_grad_enabled()
-        if not enabled and not self.stopped and is_called_by_checkpoint():
-            # Gradients stay enabled while it runs the user's code, which may enter `no_grad` regions of its own.
-            if before:
-                self._outer.pop()
-            else:
-                self._outer.append(True)
-            return set_grad_enabled(not before)
-        if enabled and not before:
-            self._outer.append(self.stopped)
-            # a transform of torch.func enables gradients for itself, inside a `no_grad` region too
-            self.stopped = self.stopped and transform_level() > self._level
-            if self._functions and not self._outer[-1]:
-                _refuse_custom(self._functions[-1])
-        elif before and not enabled:
-            if not self.stopped:
-                self._level = transform_level()
-            self.stopped = self._outer.pop() if self._outer else True
-        return set_grad_enabled(enabled)
+    # ---------------------------------------------------------------------------- functions with their own gradient
 
     def _forward(self, function: type, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the forward of an autograd.Function; refuse one that may have another gradient, if jets enter it."""
-        stops = self.stopped or torch.is_inference_mode_enabled()
-        if not stops:
-            found = [self._stand_in(x) for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if any(moves(x) or is_wrapped_by_a_transform(x) for x in found):
-                if issubclass(function, backward_hook_function):
-                    why = "may return another gradient than that of the forward code"
-                    raise UnsupportedOperation("a full backward hook of a module", why)
-                _refuse_custom(function)
-        self._functions.append(function)
-        try:
-            result = forward(*args, **kwargs)
-        finally:
-            self._functions.pop()
-        return self._constant(result) if stops else result
+        moving = False
+        if not self._stops.now:
+            found = [self._stand_in(x) for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+            moving = any(moves(x) or is_wrapped_by_a_transform(x) for x in found)
+        return self._stops.run_forward(function, forward, args, kwargs, moving)
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
 
     def _gradient(self, outputs: Any, inputs: Any, *args: Any, create_graph: bool = False, **kwargs: Any) -> Any:
-        follows = all(x.requires_grad for x in _leaves((inputs,))) and any(x.requires_grad for x in _leaves((outputs,)))
+        follows = all(x.requires_grad for x in leaves((inputs,))) and any(x.requires_grad for x in leaves((outputs,)))
         if not follows and not self.tracks:
             raise NeedsGraph("this loss takes a gradient of its own with respect to weights or activations")
         result = self._run(torch.autograd.grad, (outputs, inputs, *args), {**kwargs, "create_graph": create_graph})
-        return result if create_graph and not self._stops((), {}) else self._constant(result)
+        return result if create_graph and not self._stops.at((), {}) else constant(result)
 
 
 def _discard_modes_left_behind() -> None:
@@ -286,22 +220,5 @@ def _is_plain_subclass(kind: Any) -> bool:
     )
 
 
-def _refuse_custom(function: type) -> None:
-    """Raise, unless the function is one of PyTorch's own, which define the gradient of their forward code."""
-    if not function.__module__.startswith("torch."):
-        name = f"the custom autograd.Function '{function.__name__}'"
-        raise UnsupportedOperation(name, "may define another gradient than that of its forward code")
-
-
 def _refuse_backward() -> None:
     raise UnsupportedOperation("backward() inside the loss", "accumulates gradients that jets cannot follow")
-
-
-def _leaves(arguments: Any) -> Iterator[Any]:
-    if isinstance(arguments, (tuple, list)):
-        for x in arguments:
-            yield from _leaves(x)
-    elif isinstance(arguments, dict):
-        yield from _leaves(list(arguments.values()))
-    else:
-        yield arguments

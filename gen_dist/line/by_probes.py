@@ -1,7 +1,7 @@
 """Slope and curvature by finite differences of the loss: forward passes only, at the distance of the step in use.
 
-Both estimators need `phi(0)`: the loss of the training step where it is given and the model draws no random numbers
-(dropout), else one more forward pass.
+Both estimators need `phi(0)`: the loss of the training step where it is given, and the model draws no random numbers
+(dropout) and does not write into its weights, else one more forward pass.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def _losses(line: Line, probes: list[float], loss: Tensor | None) -> tuple[tuple
         return walk.losses.unbind(1), walk.rounding
     walk = line.walk(probes)
     here = loss.detach().double().reshape(-1).to(walk.losses.device)
-    if walk.draws_random_numbers:  # other masks than in the training step: another line
+    # other masks than in the training step, or weights that the training step wrote into after: another line
+    if walk.draws_random_numbers or walk.rewrites_weights:
         here = line.walk([0.0]).losses[:, 0]
     return (here, *walk.losses.unbind(1)), walk.rounding
