@@ -1,167 +1,56 @@
-"""The methods of the quality benchmark: each is a way to train a model, and says which weights to read out."""
+"""The methods of the quality benchmark by name: the grids that are tuned, the rivals, and AutoGen with its variants."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from quality_tasks import ADAMW_RATES, FINE_TUNING_RATES, SGD_RATES, State, Task, cross_entropy
-from torch import Tensor, nn
+from quality_rivals import ScheduleFreePlus
+from quality_tasks import SGD_RATES, TASKS, Task
+from quality_training import (
+    AVERAGED,
+    LAST,
+    Constant,
+    Decayed,
+    Distance,
+    DoG,
+    GenOptim,
+    Polyak,
+    Scheduled,
+    Switched,
+    SwitchedDistance,
+    Training,
+)
+from torch import nn
 
 import gen_dist as gen
-from gen_dist.averaging import AveragedWeights
-from gen_dist.parallel import Layout
 
-LAST, AVERAGED = "last", "averaged"
+__all__ = [
+    "AVERAGED",
+    "DECAYS",
+    "GRID",
+    "LAST",
+    "METHODS",
+    "UNTUNED_METHODS",
+    "UNTUNED_RATES",
+    "Training",
+    "takes_part",
+]
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some rate to begin with
 
-
-def copied(model: nn.Module) -> State:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-class Training:
-    """A model in training at a rate that stays; the methods differ from it in a line or two.
-
-    `reading_seconds` is the time that went into weights besides the last ones.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.reading_seconds = 0.0
-
-    def step(self, x: Tensor, y: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss = cross_entropy(self.model(x), y)
-        loss.backward()
-        self.before_step(x, y, loss)
-        self.optimizer.step()
-        self.after_step()
-
-    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None: ...
-
-    def after_step(self) -> None: ...
-
-    def rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def readings(self) -> dict[str, State]:
-        """The weights that the method would hand over, by name."""
-        return {LAST: copied(self.model)}
-
-
-class Constant(Training):
-    """One rate; and beside it the growing-window average, which changes nothing in the training."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model, optimizer)
-        self.average = AveragedWeights(Layout(model), optimizer, gen.Averaging(power=8, momentum=0))
-
-    def after_step(self) -> None:
-        start = time.process_time()
-        self.average.update()
-        self.reading_seconds += time.process_time() - start
-
-    def readings(self) -> dict[str, State]:
-        with self.average.in_place():
-            averaged = copied(self.model)
-        return {LAST: copied(self.model), AVERAGED: averaged}
-
-
-class Decayed(Training):
-    """The rate falls to zero at the horizon, which has to be known."""
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: Callable[[float], float], steps: int
-    ) -> None:
-        super().__init__(model, optimizer)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / steps))
-
-    def after_step(self) -> None:
-        self.schedule.step()
-
-
-class ScheduleFree(Training):
-    def __init__(self, model: nn.Module, **arguments: float) -> None:
-        import schedulefree
-
-        self.schedule_free = schedulefree.AdamWScheduleFree(model.parameters(), **arguments)
-        self.schedule_free.train()
-        super().__init__(model, self.schedule_free)
-
-    def readings(self) -> dict[str, State]:
-        self.schedule_free.eval()
-        return super().readings()
-
-
-class Distance(Training):
-    """An optimizer that estimates the distance `d` to the solution, and multiplies its rate by it."""
-
-    def rate(self) -> float:
-        return super().rate() * float(self.optimizer.param_groups[0]["d"])
-
-
-class DoG(Constant):
-    """Distance over gradients, averaged: the growing window is the one of its authors' PolynomialDecayAverager."""
-
-    def rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["eta"][0])
-
-
-class GenOptim(Training):
-    """The authors' package, at every eighth step, as its documentation says."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        from GeN import lr_parabola
-
-        super().__init__(model, optimizer)
-        self.lr_parabola = lr_parabola
-        self.steps = 0
-
-    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
-        self.steps += 1
-        if self.steps % 8 == 0:
-            self.lr_parabola(
-                self.model,
-                self.optimizer,
-                cross_entropy,
-                tr_iter=iter([(x, y)]),
-                device="cpu",
-                task="image_cls",  # that is: a batch is a pair
-                lr_factor=[-1, 0, 1],
-            )
-
-
-class Scheduled(Training):
-    """By a scheduler of this package."""
-
-    def __init__(self, scheduler: gen.GenScheduler) -> None:
-        super().__init__(scheduler.model, scheduler.optimizer)
-        self.scheduler = scheduler
-
-    def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
-        self.scheduler.step(x, y, loss=loss)
-
-    def readings(self) -> dict[str, State]:
-        readings = super().readings()
-        if self.scheduler.average is not None:
-            readings[AVERAGED] = self.scheduler.averaged_state_dict()
-        return readings
-
-
-# ------------------------------------------------------------------------------------------- the table of methods
-
 Start = Callable[[Task, nn.Module, int], Training]  # from task, model and number of steps
 
-UNTUNED_RATES = (1e-3, 3e-3, 1e-2)  # of AdamW: rivals in their own right, on every task
+WARM_UP = 0.1  # of the steps, as most scripts have it
+UNTUNED_RATES = {"constant": (1e-3, 3e-3, 1e-2), "warmed": (3e-4, 1e-3)}  # of AdamW: rivals on every task
 DECAYS: dict[str, Callable[[float], float] | None] = {
     "constant": None,
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "warmed": lambda done: min(done / WARM_UP, (1 - done) / (1 - WARM_UP)),  # as scripts have it, then linear
 }
 
 
@@ -176,21 +65,43 @@ def make_sgd(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 def tuned(make: Callable[[nn.Module, float], torch.optim.Optimizer], rate: float, decay: str) -> Start:
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer, shape = make(model, rate), DECAYS[decay]
-        return Constant(model, optimizer) if shape is None else Decayed(model, optimizer, shape, steps)
+        return Constant(task, model, optimizer) if shape is None else Decayed(task, model, optimizer, shape, steps)
 
     return start
+
+
+def schedule_free(rate: float) -> Start:
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        import schedulefree
+
+        return Switched(task, model, schedulefree.AdamWScheduleFree(model.parameters(), lr=rate))
+
+    return start
+
+
+def schedule_free_plus(warm_up: float = 0.0) -> Start:
+    def start(task: Task, model: nn.Module, steps: int) -> Training:
+        return Polyak(task, model, ScheduleFreePlus(model.parameters(), warm_up=round(warm_up * steps)))
+
+    return start
+
+
+def prodigy_plus(task: Task, model: nn.Module, steps: int) -> Training:
+    import prodigyplus
+
+    return SwitchedDistance(task, model, prodigyplus.ProdigyPlusScheduleFree(model.parameters()))
 
 
 def prodigy(task: Task, model: nn.Module, steps: int) -> Training:
     import prodigyopt
 
-    return Distance(model, prodigyopt.Prodigy(model.parameters()))
+    return Distance(task, model, prodigyopt.Prodigy(model.parameters()))
 
 
 def d_adapt_adam(task: Task, model: nn.Module, steps: int) -> Training:
     import dadaptation
 
-    return Distance(model, dadaptation.DAdaptAdam(model.parameters()))
+    return Distance(task, model, dadaptation.DAdaptAdam(model.parameters()))
 
 
 def distance_over_gradients(name: str) -> Start:
@@ -200,14 +111,14 @@ def distance_over_gradients(name: str) -> Start:
         import dog
 
         normalised = any(isinstance(module, BATCH_NORMS) for module in model.modules())
-        return DoG(model, getattr(dog, name)(model.parameters(), reps_rel=1e-4 if normalised else 1e-6))
+        return DoG(task, model, getattr(dog, name)(model.parameters(), reps_rel=1e-4 if normalised else 1e-6))
 
     return start
 
 
 def textbook(task: Task, model: nn.Module, steps: int) -> Training:
     optimizer = gen.as_gen_optimizer(task.optimizer(model, UNTUNED))
-    return Scheduled(gen.ExactGen(optimizer, model, cross_entropy, lr_max=1.0))
+    return Scheduled(task, gen.ExactGen(optimizer, model, task.loss, lr_max=1.0))
 
 
 def autogen(
@@ -229,7 +140,7 @@ def autogen(
             regroup(optimizer, model)
         known = {"total_steps": steps, "decay": horizon} if horizon else {}
         options: dict[str, Any] = {"rule": gen.Auto(**rule, **known), "group_rates": groups, "average": averaging}
-        return Scheduled(gen.AutoGen(optimizer, model, cross_entropy, **options))
+        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, **options))
 
     return start
 
@@ -247,20 +158,24 @@ def regroup(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 GRID = {
     f"{name}-{decay}-{rate:g}": tuned(make, rate, decay)
     for name, make, rates in [
-        ("adamw", make_adamw, sorted({*ADAMW_RATES, *FINE_TUNING_RATES})),
+        ("adamw", make_adamw, sorted({rate for task in TASKS.values() for rate in task.adamw_rates})),
         ("sgd", make_sgd, SGD_RATES),
     ]
     for decay in DECAYS
     for rate in rates
 }
 UNTUNED_METHODS: dict[str, Start] = {
-    "schedule-free": lambda task, model, steps: ScheduleFree(model),
-    "schedule-free-0.01": lambda task, model, steps: ScheduleFree(model, lr=0.01),
+    "schedule-free-0.001": schedule_free(1e-3),
+    "schedule-free": schedule_free(2.5e-3),  # its default
+    "schedule-free-0.01": schedule_free(1e-2),
+    "schedule-free-plus": schedule_free_plus(),
+    "schedule-free-plus-warm-up": schedule_free_plus(WARM_UP),
     "prodigy": prodigy,
+    "prodigy-plus": prodigy_plus,
     "d-adapt-adam": d_adapt_adam,
     "dog": distance_over_gradients("DoG"),
     "ldog": distance_over_gradients("LDoG"),
-    "gen-optim": lambda task, model, steps: GenOptim(model, task.optimizer(model, UNTUNED)),
+    "gen-optim": lambda task, model, steps: GenOptim(task, model, task.optimizer(model, UNTUNED)),
     "textbook": textbook,
     "autogen": autogen(),
     "autogen-adamw": autogen(make=make_adamw),
@@ -280,10 +195,13 @@ METHODS = GRID | UNTUNED_METHODS
 
 
 def takes_part(method: str, task: Task) -> bool:
-    """SGD is tuned where it is the task's optimizer, AdamW everywhere, each over the rates that suit the task."""
+    """Whether a method suits a task.
+
+    SGD is tuned where it is the task's optimizer, AdamW everywhere, each over the rates that suit the task.
+    """
     if method not in GRID:
         return task.sgd or method != "autogen-adamw"
     name, decay, rate = method.split("-", 2)
     if name == "sgd":
         return task.sgd
-    return float(rate) in task.adamw_rates or (decay == "constant" and float(rate) in UNTUNED_RATES)
+    return float(rate) in task.adamw_rates or float(rate) in UNTUNED_RATES.get(decay, ())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from quality_tasks import TASKS, Dataset, cross_entropy, load
+from quality_models import VAE
+from quality_tasks import TASKS, Dataset, load
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,8 +45,10 @@ def unequal_by_nature(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return "batch norm, over a rank's own slice,"
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and module.p:
             return "dropout"
+        if isinstance(module, VAE):
+            return "the random code of an autoencoder"
     return None
 
 
@@ -77,12 +80,13 @@ def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: P
     if ranks > 1:
         model = DistributedDataParallel(model)
     optimizer = gen.as_gen_optimizer(task.optimizer(model, 1e-3))
-    scheduler = gen.AutoGen(optimizer, model, cross_entropy)
+    scheduler = gen.AutoGen(optimizer, model, task.loss)
     rates, losses = [], []
     for x, y in task.batches(dataset, steps, seed, rank, ranks):
         optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
+        loss = task.loss(model(x), y)
         loss.backward()
+        task.clipped(model)
         scheduler.step(x, y, loss=loss)
         optimizer.step()
         rates.append(scheduler.get_last_lr()[0])
@@ -94,6 +98,6 @@ def curves(rank: int, ranks: int, name: str, steps: int, seed: int, directory: P
 
 
 def in_float64(dataset: Dataset) -> Dataset:
-    """Convert images; tokens stay as they are."""
-    train, test = (x.double() if x.is_floating_point() else x for x in (dataset.train_x, dataset.test_x))
-    return Dataset(train, dataset.train_y, test, dataset.test_y, dataset.classes)
+    """Convert images and numbers; tokens and labels stay as they are."""
+    parts = (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
+    return Dataset(*(part.double() if part.is_floating_point() else part for part in parts), classes=dataset.classes)

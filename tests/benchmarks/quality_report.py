@@ -1,8 +1,8 @@
-"""The results of the quality benchmark as a table and a plot.
+"""The results of the quality benchmark as tables.
 
-The gap of a method on a task is its final train loss divided by that of the oracle: AdamW with a linear decay to zero
-at the horizon, at the best rate of the grid. The oracle knows the horizon and was tuned. Other rows of the grid can
-still be better.
+The gap of a method on a task is its final loss divided by that of the oracle: AdamW with a linear decay to zero at the
+horizon, at the best rate of the grid. The oracle knows the horizon and was tuned. Other rows of the grid can still be
+better. The loss is the train loss, on the width ladder the test loss (`Task.measure`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from quality_methods import AVERAGED, GRID, LAST, UNTUNED_METHODS
-from quality_tasks import TASKS
-
-from gen_dist.plots import BLUE, GREEN, ORANGE, STYLE, VERMILION
+from quality_methods import AVERAGED, DECAYS, GRID, LAST, UNTUNED_METHODS, UNTUNED_RATES
+from quality_tasks import DESIGN_TASKS, HELD_OUT_TASKS, TASKS
 
 Record = dict[str, Any]
 Row = tuple[str, list[str], str]  # title, methods of which the best counts, the reading
@@ -33,12 +30,13 @@ def rows() -> list[Row]:
     """A row of the table; a tuned row is the best of its grid on each task."""
     found: list[Row] = []
     for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
-        for decay in ("constant", "linear", "cosine"):
+        for decay in DECAYS:
             found.append((f"{name} tuned, {decay}", group(f"{optimizer}-{decay}-.*"), LAST))
         found.append((f"{name} tuned, averaged", group(f"{optimizer}-constant-.*"), AVERAGED))
-    for rate in ("0.001", "0.003", "0.01"):
-        found.append((f"AdamW {rate}", [f"adamw-constant-{rate}"], LAST))
-        found.append((f"AdamW {rate}, averaged", [f"adamw-constant-{rate}"], AVERAGED))
+    for rate in UNTUNED_RATES["constant"]:
+        found.append((f"AdamW {rate:g}", [f"adamw-constant-{rate:g}"], LAST))
+        found.append((f"AdamW {rate:g}, averaged", [f"adamw-constant-{rate:g}"], AVERAGED))
+    found += [(f"AdamW {rate:g}, warmed", [f"adamw-warmed-{rate:g}"], LAST) for rate in UNTUNED_RATES["warmed"]]
     for method in UNTUNED_METHODS:
         if method.startswith(AVERAGING):
             found.append((method, [method], AVERAGED))
@@ -49,13 +47,16 @@ def rows() -> list[Row]:
 
 
 class Results:
-    """The losses by task, method and reading, averaged over the seeds; without those that lack a seed."""
+    """The losses by task, method and reading, averaged over the seeds; without those that lack a seed.
 
-    def __init__(self, records: list[Record], seeds: list[int], quantity: str = "train_loss") -> None:
+    They are what counts on each task, or one quantity of all.
+    """
+
+    def __init__(self, records: list[Record], seeds: list[int], quantity: str | None = None) -> None:
         values: dict[tuple[str, str, str], dict[int, float]] = {}
         for record in records:
             for reading, quality in record["readings"].items():
-                value = quality[quantity]
+                value = quality[quantity or TASKS[record["task"]].measure]
                 cell = values.setdefault((record["task"], record["method"], reading), {})
                 cell[record["seed"]] = math.inf if value is None else value
         self.means = {key: statistics.fmean(cell.values()) for key, cell in values.items() if set(cell) == set(seeds)}
@@ -78,6 +79,25 @@ class Results:
         (loss, method), (oracle, _) = self.best(task, *row[1:]), self.oracle(task)
         return loss / oracle if method and math.isfinite(oracle) else None
 
+    def gaps(self, row: Row, tasks: Iterable[str]) -> dict[str, float]:
+        """The known gaps of a row, by task."""
+        found = {task: self.gap(task, row) for task in tasks}
+        return {task: gap for task, gap in found.items() if gap is not None}
+
+    def whole(self, row: Row, tasks: Iterable[str]) -> dict[str, float] | None:
+        """The gaps of a row on those of the tasks that have results; None if it was not run on all of them.
+
+        Means over different tasks would not compare.
+        """
+        wanted = [task for task in self.tasks if task in tasks]
+        gaps = self.gaps(row, wanted)
+        return gaps if wanted and len(gaps) == len(wanted) else None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Halved on one task and doubled on another is no change."""
+    return math.exp(statistics.fmean(math.log(value) if value > 0 else -math.inf for value in values))
+
 
 def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None:
     """The median over the runs of the row, which does not favour rows with many runs, as the minimum does."""
@@ -88,44 +108,86 @@ def seconds_per_step(records: list[Record], row: Row, task: str) -> float | None
     return statistics.median(took) if took else None
 
 
-def times(records: list[Record], tasks: list[str], row: Row) -> float | None:
-    """The time of a step as a multiple of that of AdamW at a constant rate, averaged over the tasks."""
-    plain: Row = ("", group("adamw-constant-.*"), LAST)
-    pairs = [(seconds_per_step(records, row, task), seconds_per_step(records, plain, task)) for task in tasks]
-    ratios = [took / base for took, base in pairs if took is not None and base is not None]
-    return statistics.fmean(ratios) if ratios else None
+def extra_time(records: list[Record], row: Row, task: str) -> float | None:
+    """The share by which a step takes longer than a plain step of AdamW, at a rate that is constant or decays.
+
+    None on tasks with SGD, whose steps are cheaper whatever the method.
+    """
+    plain: Row = ("", group("adamw-(constant|linear)-.*"), LAST)
+    took, base = seconds_per_step(records, row, task), seconds_per_step(records, plain, task)
+    return None if took is None or not base or TASKS[task].sgd else took / base - 1
 
 
 def table(records: list[Record], seeds: list[int]) -> str:
-    """A Markdown table of final train loss, gap, test loss and test accuracy, from records of one length."""
-    train = Results(records, seeds)
-    if not train.tasks:
+    """Markdown tables from records of one length: the tasks, a summary, then losses and processor time by task."""
+    results = Results(records, seeds)
+    if not results.tasks:
         return f"no results of seeds {seeds}"
-    shown = train.shown()
-    header = ["method", *train.tasks, "mean gap", "worst", "time"]
-    steps = {record["task"]: record["steps"] for record in records}
+    shown = results.shown()
+    by_task: dict[str, Callable[[Row], list[str]]] = {
+        "Final loss and (gap)": lambda row: losses(results, row),
+        "Test loss and accuracy, of the methods that are best": lambda row: tested(records, seeds, results, row),
+        "Processor time of a step, beyond AdamW's": lambda row: [
+            percent(extra_time(records, row, task)) for task in results.tasks
+        ],
+    }
     lines = [
-        f"Final train loss and (gap), mean of seeds {', '.join(map(str, seeds))}, after "
-        f"{', '.join(f'{steps[task]:,} steps ({task})' for task in train.tasks)}:",
+        f"Means of seeds {', '.join(map(str, seeds))}. Gap 1.00 is the oracle: AdamW with linear decay, tuned.",
         "",
-        *heading(header),
     ]
-    for row in shown:
-        gaps = [train.gap(task, row) for task in train.tasks]
-        known = [gap for gap in gaps if gap is not None]
-        cells = [cell(*train.best(t, *row[1:]), g) for t, g in zip(train.tasks, gaps, strict=True)]
-        whole = [statistics.fmean(known), max(known)] if len(known) == len(gaps) else [None, None]
-        lines.append(
-            line([row[0], *cells, *(number(v, 2) for v in whole), number(times(records, train.tasks, row), 2)])
-        )
-    oracles = "; ".join(f"{task}: {train.oracle(task)[1] or 'not run'}" for task in train.tasks)
-    lines += ["", f"Gap 1.00 is the oracle, AdamW with linear decay, tuned. {oracles}.", ""]
-    lines += [
-        "Test loss and accuracy, of the methods that are best in training:",
-        "",
-        *heading(["method", *train.tasks]),
-    ]
-    return "\n".join(lines + [line([row[0], *tested(records, seeds, train, row)]) for row in shown])
+    lines += [*described(records, results), "", "Gaps over tasks, geometric mean and worst, and time of a step:", ""]
+    lines += summary(records, results, shown)
+    for title, cells in by_task.items():
+        lines += ["", f"{title}:", "", *heading(["method", *results.tasks])]
+        lines += [line([row[0], *cells(row)]) for row in shown]
+    return "\n".join(lines)
+
+
+def described(records: list[Record], results: Results) -> list[str]:
+    """The tasks, and how the oracle came out on each."""
+    steps = {record["task"]: record["steps"] for record in records}
+    lines = heading(["task", "what", "half", "steps", "oracle", "its loss"])
+    for task in results.tasks:
+        loss, method = results.oracle(task)
+        half = "design" if task in DESIGN_TASKS else "held out"
+        what = TASKS[task].title
+        lines.append(line([task, what, half, f"{steps[task]:,}", oracle_rate(task, method), number(loss)]))
+    return lines
+
+
+def oracle_rate(task: str, method: str) -> str:
+    """The rate of the oracle, with a warning if it is at an end of the grid, where a better one may lie beyond."""
+    if not method:
+        return "not run"
+    rate, rates = float(method.removeprefix("adamw-linear-")), TASKS[task].adamw_rates
+    return f"{rate:g}" + (", an end of the grid" if rate in (min(rates), max(rates)) else "")
+
+
+def losses(results: Results, row: Row) -> list[str]:
+    return [cell(*results.best(task, *row[1:]), results.gap(task, row)) for task in results.tasks]
+
+
+HALVES = {"": tuple(TASKS), ", design": DESIGN_TASKS, ", held out": HELD_OUT_TASKS}
+
+
+def summary(records: list[Record], results: Results, shown: list[Row]) -> list[str]:
+    """Over all tasks and over each half, and the processor time; blank where a method was not run on all."""
+    header = ["method", *(f"{what}{half}" for half in HALVES for what in ("mean", "worst")), "time"]
+    return [*heading(header), *(line([row[0], *summarised(records, results, row)]) for row in shown)]
+
+
+def summarised(records: list[Record], results: Results, row: Row) -> list[str]:
+    cells: list[str] = []
+    for tasks in HALVES.values():
+        gaps = results.whole(row, tasks)
+        if gaps is None:
+            cells += ["", ""]
+        else:
+            worst = max(gaps, key=lambda task: gaps[task])
+            cells += [number(geometric_mean(gaps.values()), 2), f"{number(gaps[worst], 2)} ({worst})"]
+    extra = [extra_time(records, row, task) for task in results.tasks]
+    known = [share for share in extra if share is not None]
+    return [*cells, percent(statistics.fmean(known) if known else None)]
 
 
 def cell(loss: float, method: str, gap: float | None) -> str:
@@ -134,10 +196,18 @@ def cell(loss: float, method: str, gap: float | None) -> str:
     return number(loss) if gap is None else f"{number(loss)} ({number(gap, 2)})"
 
 
-def tested(records: list[Record], seeds: list[int], train: Results, row: Row) -> list[str]:
+def tested(records: list[Record], seeds: list[int], results: Results, row: Row) -> list[str]:
     loss, accuracy = (Results(records, seeds, quantity) for quantity in ("test_loss", "accuracy"))
-    keys = [(task, train.best(task, *row[1:])[1], row[2]) for task in train.tasks]
-    return [f"{number(loss.means[key])}, {accuracy.means[key]:.1%}" if key in loss.means else "" for key in keys]
+    found = []
+    for task in results.tasks:
+        key = (task, results.best(task, *row[1:])[1], row[2])
+        right = accuracy.means.get(key, math.inf)  # infinite where there are no classes
+        found.append(number(loss.means.get(key)) + (f", {right:.1%}" if math.isfinite(right) else ""))
+    return found
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{round(100 * share):+d} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -153,57 +223,3 @@ def heading(cells: list[str]) -> list[str]:
 
 def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-# ------------------------------------------------------------------------------------------------------ the plot
-
-
-# The colours of gen_dist.plots and two more of the same palette; the markers differ as well.
-COLORS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9")
-LOOKS = dict(zip(TASKS, zip(COLORS, "osD^vP", strict=True), strict=True))
-
-
-def draw(records: list[Record], seeds: list[int], path: Path) -> str:
-    """Draw the gap by task and method on the left, and the rate of AutoGen over time on the right."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context(STYLE | {"axes.axisbelow": True}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=[3, 2])
-        draw_gaps(left, Results(records, seeds))
-        draw_rates(right, records)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return f"wrote {path}"
-
-
-def draw_gaps(axes: Any, results: Results) -> None:
-    """Keep only the averages of methods that average their weights."""
-    averaged = {row[1][0] for row in results.shown() if row[2] == AVERAGED and row[0] in UNTUNED_METHODS}
-    shown = [row for row in results.shown() if row[2] == AVERAGED or row[1][0] not in averaged][::-1]
-    for task in results.tasks:
-        color, marker = LOOKS[task]
-        gaps = [results.gap(task, row) for row in shown]
-        axes.plot(gaps, range(len(shown)), marker, color=color, alpha=0.85, label=TASKS[task].title)
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set(xscale="log", xlabel="final train loss / that of AdamW tuned, linear")
-    axes.set_yticks(range(len(shown)), [row[0] for row in shown])
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(_no_labels())
-
-
-def draw_rates(axes: Any, records: list[Record]) -> None:
-    for task, (color, _) in LOOKS.items():
-        for record in (r for r in records if r["task"] == task and r["method"] == "autogen"):
-            steps, rates = zip(*record["rates"], strict=True)
-            axes.plot(steps, [math.nan if rate is None else rate for rate in rates], color=color)
-    axes.set(yscale="log", xlabel="step", title="AutoGen", ylabel="learning rate")
-
-
-def _no_labels() -> Any:
-    from matplotlib.ticker import NullFormatter
-
-    return NullFormatter()

@@ -18,7 +18,7 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality_tasks import TASKS, MissingDataError, cross_entropy, load
+from quality_tasks import TASKS, MissingDataError, load
 
 import gen_dist as gen
 
@@ -47,8 +47,8 @@ def rows(name: str, directory: Path, seeds: list[int], best: float | None) -> No
         model = task.new_model(dataset, seed)
         optimizer = task.optimizer(model, 1e-3)
         batch, other = task.batches(dataset, 2, seed)
-        held_out = gen.suggest_lr(model, optimizer, cross_entropy, *batch, held_out=other)
-        own = gen.suggest_lr(model, optimizer, cross_entropy, *batch)
+        held_out = gen.suggest_lr(model, optimizer, task.loss, *batch, held_out=other)
+        own = gen.suggest_lr(model, optimizer, task.loss, *batch)
         cells = [name, str(seed), number(best)]
         for seen in (held_out, own):
             cells += [number(seen.rate), number(seen.rate / best if seen.rate and best else None)]
