@@ -92,14 +92,14 @@ def test_a_cable_pulled_ends_all_processes(tmp_path: Path) -> None:
         assert "Error" in output.read_text()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(110)  # 20 s on a machine that does nothing else
 @pytest.mark.skipif(not os.access(TUN, os.W_OK), reason=f"a slow wire needs {TUN}")
 def test_on_a_slow_wire_an_update_costs_one_reduction(tmp_path: Path) -> None:
     with Hosts(2, delay=0.02) as hosts:
         outputs = [tmp_path / f"host{host}" for host in range(2)]
         command = [*torchrun(hosts, 29400), PROGRAM, "delay", str(tmp_path)]
         running = [hosts.start(host, command, ENVIRONMENT, outputs[host]) for host in range(2)]
-        assert wait(running, 55, outputs) == [0, 0], "\n".join(output.read_text() for output in outputs)
+        assert wait(running, 100, outputs) == [0, 0], "\n".join(output.read_text() for output in outputs)
     found = torch.load(tmp_path / "cost.pt")
     reduction = found["all_reduce"]
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found.items()))

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,6 +220,7 @@ def arguments_of(cls: type[Optimizer], model: nn.Module) -> tuple[list[Any], dic
 def seed(number: int) -> None:
     torch.manual_seed(number)
     random.seed(number)
+    np.random.seed(number)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -374,3 +376,15 @@ def test_a_trial_leaves_no_trace() -> None:
     gen.make_gen_optimizer(Odd, [nn.Parameter(torch.ones(3))])
     assert torch.equal(torch.get_rng_state(), seeds)
     assert random.getstate() == of_python
+
+
+def test_an_optimizer_that_draws_from_numpy_is_tried_with_the_same_numbers_and_leaves_the_stream() -> None:
+    class Noisy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.grad.mul_(float(np.random.random()))
+            return super().step(closure)
+
+    before = np.random.get_state()[1].copy()
+    gen.make_gen_optimizer(Noisy, [nn.Parameter(torch.ones(3))], lr=0.1)
+    assert (np.random.get_state()[1] == before).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,8 +48,15 @@ class Trial(NamedTuple):
         at one step, unless they are to be `complete`. What an optimizer raises, is raised.
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        python = random.getstate()
-        with torch.random.fork_rng(devices), restoring(lambda: random.setstate(python)):
+        python, numpy = random.getstate(), _numpy_random()
+        numpy_state = numpy.get_state() if numpy else None
+
+        def restore() -> None:
+            random.setstate(python)
+            if numpy:
+                numpy.set_state(numpy_state)
+
+        with torch.random.fork_rng(devices), restoring(restore):
             held, plain = self._side(dtype), self._side(dtype)
             start = [p.detach().clone() for p in plain.parameters]
             gradients = [_gradients(plain.parameters, step) for step in range(steps)]
@@ -163,8 +171,15 @@ def _gradients(parameters: Sequence[Tensor], step: int) -> list[Tensor | None]:
     return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
 
+def _numpy_random() -> Any:
+    """NumPy's global random numbers, which some optimizers draw; None while nobody has imported it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
 def _seed(device: torch.device, seed: int) -> None:
     random.seed(seed)
+    if numpy := _numpy_random():
+        numpy.seed(seed)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

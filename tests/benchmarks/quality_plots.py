@@ -44,8 +44,9 @@ def draw(records: list[Record], seeds: list[int], path: Path) -> str:
 
 def draw_ladder(records: list[Record], seeds: list[int], path: Path) -> str:
     """Draw the gap over the number of parameters, with a line a method."""
-    results = Results([record for record in records if record["task"] in LADDER], seeds)
-    sizes = {record["task"]: record["parameters"] for record in records if record["task"] in LADDER}
+    records = [record for record in records if record["task"] in LADDER and "parameters" in record]
+    results = Results(records, seeds)
+    sizes = {record["task"]: record["parameters"] for record in records}
     rows = {row[0]: row for row in drawn(results)}
     lines = [rows[name] for name in LADDER_LINES if name in rows and len(results.gaps(rows[name], LADDER)) > 1]
     if not lines:

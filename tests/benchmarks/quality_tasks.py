@@ -53,7 +53,8 @@ TRAIN_LOSS, TEST_LOSS = "train_loss", "test_loss"
 
 ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FINE_TUNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-LARGE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for regressions, recurrent networks and short runs
+LARGE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for regressions and short runs
+RECURRENT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SGD_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -139,7 +140,7 @@ SINGLE = {
         "film reviews, fine-tuned MiniLM", REVIEWS, SentenceClassifier, 120, 16, 512, adamw_rates=FINE_TUNING_RATES
     ),
     "post-norm": text("post-norm transformer", PostNormTransformer, 300, batch_size=16),
-    "lstm": text("LSTM, clipped", LSTM, 400, clip=0.25, adamw_rates=LARGE_RATES),
+    "lstm": text("LSTM, clipped", LSTM, 400, clip=0.25, adamw_rates=RECURRENT_RATES),
     "vae": fashion("VAE", lambda _: VAE(), 600, data=PIXELS, loss=negative_elbo),
     "resnet": fashion("ResNet", resnet, 300),
     "vit": fashion("ViT", ViT, 400),
@@ -161,11 +162,12 @@ def of_length(name: str, suffix: str, steps: int, **others: Any) -> dict[str, Ta
     return {f"{name}-{suffix}": replace(task, title=f"{task.title}, {steps:,} steps", steps=steps, **others)}
 
 
+SHORT_RATES = {"cnn": LARGE_RATES, "friedman": LARGE_RATES, "lstm": RECURRENT_RATES, "vit": LARGE_RATES}
 SHORT = {
     key: task
-    for name in ("cnn", "friedman", "lstm", "vit")
+    for name, rates in SHORT_RATES.items()
     for steps in (40, 100)
-    for key, task in of_length(name, str(steps), steps, adamw_rates=LARGE_RATES).items()
+    for key, task in of_length(name, str(steps), steps, adamw_rates=rates).items()
 }
 LONG = {
     key: task
