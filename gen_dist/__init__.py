@@ -24,6 +24,7 @@ What to use:
     Auto, Raw, Averaging         the rules behind them, and how AutoGen averages weights
     Verification, GradientNoise  companions, which watch the updates; derive your own from Companion
     make_gen_optimizer           makes an optimizer for them; as_gen_optimizer converts an existing one
+    give_momentum_back           returns to an optimizer the momentum that AutoGen's averages have taken over
     suggest_lr                   one call before training: what rate? As a command: python -m gen_dist.suggest --help
     loss_per_learning_rate       the loss along the direction; second_order_approximation is its parabola
     plots                        pictures of a run
@@ -43,7 +44,7 @@ from gen_dist.curves import (
     second_order_approximation,
     second_order_approximation_coeffs,
 )
-from gen_dist.direction import GenOptimizer, as_gen_optimizer, make_gen_optimizer
+from gen_dist.direction import GenOptimizer, as_gen_optimizer, give_momentum_back, make_gen_optimizer
 from gen_dist.jets import UnsupportedOperation
 from gen_dist.policy import Auto, Raw
 from gen_dist.recipes import ApproxGen, AutoGen, ExactGen
@@ -71,6 +72,7 @@ __all__ = [
     "Update",
     "Verification",
     "as_gen_optimizer",
+    "give_momentum_back",
     "loss_per_learning_rate",
     "make_gen_optimizer",
     "plots",

@@ -29,11 +29,14 @@ HOW_TO_LOAD = (
 
 
 class Averaging(NamedTuple):
-    """How weights are averaged, and what of the average the training follows: Schedule-Free, for any optimizer.
+    """How weights are averaged, and how far the training follows the average: Schedule-Free, for any optimizer.
 
     Schedule-Free (Defazio et al. 2024, arXiv 2405.15682) has three sequences. `z` makes the steps, the result `x` is
     their average, and gradients are taken between the two, at `y = (1 - momentum) z + momentum x`. The weights in
     training are `y`, and the rate `r` that users see is that of `y`: `z` steps at `r / (1 - momentum)`.
+
+    The defaults suit an optimizer that keeps its own momentum: an average of the newest weights, followed a little.
+    `AutoGen` uses `Averaging(momentum=0.9, power=1, rate_power=2, takes_over=True)`.
 
     Attributes:
         momentum: how far the weights in training follow the average; 0 for an average that changes nothing.
@@ -42,20 +45,24 @@ class Averaging(NamedTuple):
             while the averages are kept, since they do its work.
     """
 
-    momentum: float = 0.9
-    power: float = 1.0
-    rate_power: float = 2.0
+    momentum: float = 0.3
+    power: float = 12.0
+    rate_power: float = 0.0
     takes_over: bool = False
 
 
 class AveragedWeights:
     """The average `x` of an optimizer's weights, taken after its steps `t = 1, 2, ...` at the rates `r`.
 
-    With `w = t^power r^rate_power` and `W` the sum of all `w`, and `y` the weights after the optimizer's step:
+    With `w = t^power r^rate_power`, `W` the sum of all `w`, `c = w / W`, and `y` the weights after a step:
 
-        m = (w / W) / (1 - momentum) (y - x);   x += m;   y += momentum m
+        m = c / (1 - momentum) (y - x);   x += m;   y += momentum m
 
     This is Schedule-Free without a buffer for `z = x + (y - x) / (1 - momentum)`.
+
+    Where a horizon is known, `1 - momentum` is multiplied by a decay `f` from 1 to 0, and the rate of `y` as well, so
+    that of `z` stays. At the last step `y` is the average. With the next step's decay `f'`, `z - x` is as before the
+    step `(y - x) / ((1 - momentum) f)`, and `y = x + (1 - momentum) f' (z - x)` after it.
 
     Each parameter counts its own `t`, from the first step after it came to the optimizer, with its group.
 
@@ -74,6 +81,7 @@ class AveragedWeights:
         self.totals: list[float] = []  # the sum W of what they count
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
+        self.decays = (1.0, 1.0)
         self._hook()
 
     def _hook(self) -> None:
@@ -94,9 +102,9 @@ class AveragedWeights:
         """The number of steps averaged."""
         return max(self.counts, default=0)
 
-    def expect_step(self, expected: bool = True) -> None:
-        """Say whether the optimizer's next step is one of the training, to be averaged."""
-        self.expected = expected
+    def expect_step(self, expected: bool = True, decays: tuple[float, float] = (1.0, 1.0)) -> None:
+        """Say whether the optimizer's next step is one of the training, to be averaged, and the decays at and after it."""
+        self.expected, self.decays = expected, decays
         if self.averaging.takes_over:
             take_momentum(self.optimizer)
 
@@ -115,23 +123,27 @@ class AveragedWeights:
         self.average += [_precise(w.clone()) for w in new]
         self.counts += [0] * len(new)
         self.totals += [0.0] * len(new)
+        if not self.decays[0]:  # beyond the horizon the rate is zero
+            return
         alike = list(zip(self.counts, self.totals, rates, strict=True))
         for count, total, rate in sorted(set(alike)):
             these = [index for index, own in enumerate(alike) if own == (count, total, rate)]
-            counts_as = (count + 1) ** self.averaging.power * rate**self.averaging.rate_power
+            counts_as = (count + 1) ** self.averaging.power * (rate / self.decays[0]) ** self.averaging.rate_power
             if count and counts_as:
                 average, current = [self.average[i] for i in these], [weights[i] for i in these]
                 self._update(average, current, counts_as / (total + counts_as))
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
 
-    def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
-        momentum = self.averaging.momentum
-        share = weight / (1 - momentum)
-        if momentum:  # first, since y - x is then 1 + momentum share of what it was, and never zero
+    def _update(self, average: list[Tensor], weights: list[Tensor], share: float) -> None:
+        """Move both along `y - x`; `y` first, which leaves of it what `x` needs."""
+        decay, next_decay = self.decays
+        moved = share / ((1 - self.averaging.momentum) * decay)  # of y - x, by x
+        left = moved + (1 - share) * next_decay / decay  # of y - x as it was, from the old x to the new y
+        if left != 1:
             averages = [x.to(y.dtype) for x, y in zip(average, weights, strict=True)]
-            foreach_lerp_(weights, averages, -momentum * share)
-        foreach_lerp_(average, [_precise(y) for y in weights], share / (1 + momentum * share))
+            foreach_lerp_(weights, averages, 1 - left)
+        foreach_lerp_(average, [_precise(y) for y in weights], moved / left)
 
     @contextlib.contextmanager
     def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:
@@ -199,6 +211,10 @@ class AveragedWeights:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
         totals = state_dict.get("totals") or [self._total(c, r) for c, r in zip(self.counts, rates, strict=False)]
         self.totals = [float(total) for total in totals[:begun]]
+
+    def begin_again(self) -> None:
+        """Begin the average anew, from the present weights."""
+        self.counts, self.totals, self.average = [], [], []
 
     def _total(self, count: int, rate: float) -> float:
         """The sum `W` at a constant rate, for a state of 0.1.0."""

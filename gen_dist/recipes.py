@@ -9,12 +9,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from gen_dist.averaging import Averaging
-from gen_dist.direction import GenOptimizer
+from gen_dist.direction import MOMENTUM_CAN_BE_TAKEN, GenOptimizer
 from gen_dist.line import Criterion
 from gen_dist.policy import Auto
 from gen_dist.scheduler import GenScheduler
-from gen_dist.snapshots import Snapshots
 from gen_dist.watch import Companion
+
+SCHEDULE_FREE = Averaging(momentum=0.9, power=1, rate_power=2, takes_over=True)
 
 __all__ = ["ApproxGen", "AutoGen", "ExactGen"]
 
@@ -69,16 +70,22 @@ class ApproxGen(GenScheduler):
 class AutoGen(GenScheduler):
     """The recipe for real training: it needs no rate, no schedule and no horizon.
 
-    It measures at every eighth step, and at every sixteenth once the rate has settled. The rule is `Auto`: smoothed,
-    with growth that stops by itself, start and cap relative to the weights. Averaged weights, which the weights follow
-    part of the way (see `Averaging`), replace a decaying rate: evaluate and export inside
-    `with scheduler.averaged():`. The initial learning rate plays no part, except for the ratios between groups.
+    The rule is `Auto`: the rate starts small relative to the weights, and grows until it nears the minimum along the
+    direction (GeN) or promises much of the loss (Polyak). Averaged weights, which the weights in training follow as in
+    Schedule-Free (see `Averaging`), replace a decaying rate: evaluate and export inside `with scheduler.averaged():`.
+    The averages also do the work of momentum: the optimizer's own (beta1 of Adam and AdamW, the momentum of SGD) is
+    set to zero in its groups, which keep it as `momentum_taken`; `give_momentum_back(optimizer)` undoes that. The
+    initial learning rate plays no part, except for the ratios between groups.
 
-    With `total_steps` the horizon is known: the rate also decays to zero, and averages are kept only if asked for.
+    With `total_steps` the horizon is known: in the last tenth of the steps the weights in training go over into their
+    average, so at the end there is nothing to evaluate or export apart.
 
     Args:
+        update_every: the number of steps between updates at the start; later they are rarer (see `Auto`).
         rule: `Auto(...)` with other values; by default those of the recipe, with `total_steps`.
-        average: keep averaged weights, or how: `Averaging(...)`; by default where no horizon is given.
+        average: how to average, `Averaging(...)`; False for none.
+        momentum: `'averages'`, as above, or `'optimizer'`: it keeps its momentum, and the averages are
+            those of `Averaging()`. Optimizers whose momentum cannot be taken over keep it in any case.
 
     The other arguments are those of `GenScheduler`.
     """
@@ -93,10 +100,11 @@ class AutoGen(GenScheduler):
         *,
         curvature: str = "auto",
         probes: int = 2,
-        update_every: int = 4,
+        update_every: int = 2,
         total_steps: int | None = None,
         rule: Auto | None = None,
-        average: bool | Averaging | None = None,
+        average: bool | Averaging = True,
+        momentum: str = "averages",
         group_rates: bool | str = False,
         companions: Sequence[Companion] = (),
         process_group: ProcessGroup | None = None,
@@ -104,8 +112,11 @@ class AutoGen(GenScheduler):
         if rule is not None and total_steps is not None:
             raise ValueError("give total_steps to the rule: AutoGen(..., rule=Auto(total_steps=...))")
         rule = rule if rule is not None else Auto(total_steps=total_steps)
-        if average is None or average is True:
-            average = Averaging(takes_over=True)
+        if momentum not in ("averages", "optimizer"):
+            raise ValueError(f"momentum must be 'averages' or 'optimizer', got {momentum!r}")
+        if average is True:
+            taken = momentum == "averages" and isinstance(optimizer, MOMENTUM_CAN_BE_TAKEN)
+            average = SCHEDULE_FREE if taken else Averaging()
         super().__init__(
             optimizer,
             model,
@@ -121,4 +132,3 @@ class AutoGen(GenScheduler):
             companions=companions,
             process_group=process_group,
         )
-        self.companions.append(Snapshots(self.layout, optimizer, self.average))

@@ -187,12 +187,15 @@ class GenScheduler(LRScheduler):
         """Find the direction where this step measures; gradients that are not finite never reach the optimizer."""
         self.optimizer.reset()
         if self.average is not None:
-            self.average.expect_step()
+            self.average.expect_step(decays=self._decays(self.state.step))
         if not finite:
             self._skip_step()
         elif due:
             self.optimizer.compute_param_updates()
         return self.optimizer.direction or Direction()
+
+    def _decays(self, step: int) -> tuple[float, float]:
+        return self.rule.factor(step), self.rule.factor(step + 1)
 
     def _skip_step(self) -> None:
         self.optimizer.skip_step()
@@ -359,7 +362,8 @@ class GenScheduler(LRScheduler):
         state = state_from_dict(state_dict, self.state)
         if self.average is not None and state_dict["average"] is not None:
             self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
-            self.average.expect_step(bool(state_dict.get("step_expected", state_dict.get("step_pending"))))
+            expected = bool(state_dict.get("step_expected", state_dict.get("step_pending")))
+            self.average.expect_step(expected, self._decays(max(state.step - 1, 0)))
         self.state = state
         if self.estimator.fallback and state_dict.get("measured_by") == self.estimator.fallback.name:
             self._measure_by(self.estimator.fallback)

@@ -1,7 +1,7 @@
 """The update direction `d` of any optimizer: its step is `theta <- theta - lr d`."""
 
 from gen_dist.direction.direction import Direction, GroupDirection
-from gen_dist.direction.momentum import give_momentum_back, take_momentum
+from gen_dist.direction.momentum import MOMENTUM_CAN_BE_TAKEN, give_momentum_back, take_momentum
 from gen_dist.direction.optimizer import (
     GenOptimizer,
     as_gen_optimizer,
@@ -11,6 +11,7 @@ from gen_dist.direction.optimizer import (
 from gen_dist.direction.rates import rate_ratios, set_rate
 
 __all__ = [
+    "MOMENTUM_CAN_BE_TAKEN",
     "Direction",
     "GenOptimizer",
     "GroupDirection",

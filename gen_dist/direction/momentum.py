@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-__all__ = ["give_momentum_back", "take_momentum"]
+__all__ = ["MOMENTUM_CAN_BE_TAKEN", "give_momentum_back", "take_momentum"]
 
+logger = logging.getLogger("gen_dist")
+
+MOMENTUM_CAN_BE_TAKEN = (Adam, AdamW, SGD)
 TAKEN = "momentum_taken"  # the entry of a group that holds its momentum meanwhile; saved with the optimizer
 
 
@@ -14,18 +20,29 @@ def take_momentum(optimizer: Optimizer) -> None:
 
     Other optimizers stay as they are. Groups that come later are not touched: call it again.
     """
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, Adam | AdamW) and group["betas"][0]:
-            group[TAKEN], group["betas"] = float(group["betas"][0]), (0.0, group["betas"][1])
-        elif isinstance(optimizer, SGD) and group["momentum"]:
-            group[TAKEN], group["momentum"] = float(group["momentum"]), 0.0
+    groups = [group for group in optimizer.param_groups if _momentum(optimizer, group)]
+    if groups and not any(TAKEN in group for group in optimizer.param_groups):
+        logger.info("averaged weights take over the momentum of %s (said once)", type(optimizer).__name__)
+    for group in groups:
+        group[TAKEN] = _momentum(optimizer, group)
+        _set_momentum(optimizer, group, 0.0)
 
 
 def give_momentum_back(optimizer: Optimizer) -> None:
-    """Undo `take_momentum`."""
+    """Undo `take_momentum`: for an optimizer that goes on without its scheduler."""
     for group in optimizer.param_groups:
-        momentum = group.pop(TAKEN, None)
-        if momentum is not None and isinstance(optimizer, SGD):
-            group["momentum"] = momentum
-        elif momentum is not None:
-            group["betas"] = (momentum, group["betas"][1])
+        if TAKEN in group:
+            _set_momentum(optimizer, group, group.pop(TAKEN))
+
+
+def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    if isinstance(optimizer, SGD):
+        return float(group["momentum"])
+    return float(group["betas"][0]) if isinstance(optimizer, Adam | AdamW) else 0.0
+
+
+def _set_momentum(optimizer: Optimizer, group: dict[str, Any], momentum: float) -> None:
+    if isinstance(optimizer, SGD):
+        group["momentum"] = momentum
+    else:
+        group["betas"] = (momentum, *group["betas"][1:])

@@ -1,6 +1,6 @@
 """The policy: from what was measured to a learning rate, by pure functions of plain numbers."""
 
-from gen_dist.policy.auto import Auto, AutoMemory
+from gen_dist.policy.auto import Auto
 from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
@@ -32,7 +32,6 @@ __all__ = [
     "SHORTENED",
     "WENT_TOO_FAR",
     "Auto",
-    "AutoMemory",
     "Clamp",
     "Raw",
     "Rule",

@@ -4,95 +4,106 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 from gen_dist.parabola import Parabola
-from gen_dist.policy.rule import ACCEPTED, CLAMPED, FLAT, NOT_FINITE, WENT_TOO_FAR, Clamp, why_no_minimum
+from gen_dist.policy.rule import (
+    ACCEPTED,
+    CLAMPED,
+    CURVATURE_IN_ROUNDING,
+    FLAT,
+    NOT_FINITE,
+    WENT_TOO_FAR,
+    Clamp,
+    why_no_minimum,
+)
 from gen_dist.policy.state import State
 
 __all__ = ["Auto", "AutoMemory"]
 
-# Growth slows between these shares of the limits.
-QUICK_BELOW = 0.01
-SLOW_FROM = 0.1
+REMEMBERED = 3  # updates, of which the median counts: one strange batch decides nothing
+UNSETTLED_STRIDE = 4  # steps between updates at most, while the rate grows fast
+LONGEST_STRIDE = 64
 
 
 class AutoMemory(NamedTuple):
     """What `Auto` remembers between updates.
 
     Attributes:
-        numerator, denominator, loss: averages of `g.d`, `d'Hd` and the loss, all with the same weights.
+        curvatures: `d'Hd / g.d` of the last updates, one over GeN's rate; infinite where the direction did not descend.
+        slopes: `g.d / L` of the last updates.
+        losses: the last losses `L`.
         started: whether the rate has started from the size of the weights; until then every step is an update.
         age: the number of steps up to the last update.
         growth: what the rate is multiplied by at each step.
         settled: whether the first growth has ended.
-        budget: the rate times the loss, beyond which a settled rate does not grow.
-        ceiling: a rate that the rate stays below, since a multiple of it went too far.
-        snapshots: the rates at which the run was saved as it grew, to go back to.
+        budget: the rate times the loss when it ended.
         from_zero: whether the weights were zero at the start, and so have no size to measure steps by.
     """
 
-    numerator: float = 0.0
-    denominator: float = 0.0
-    loss: float = 0.0
+    curvatures: tuple[float, ...] = ()
+    slopes: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
     started: bool = False
     age: int = 0
     growth: float = 1.0
     settled: bool = False
     budget: float = math.inf
-    ceiling: float = math.inf
-    snapshots: tuple[float, ...] = ()
     from_zero: bool = False
-
-    @property
-    def minimum(self) -> float:
-        """The ratio of the averages, GeN's rate; infinite where no curvature is seen."""
-        if self.numerator <= 0:
-            return 0.0
-        return self.numerator / self.denominator if self.denominator > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class Auto:
     """A rate that grows until it nears the minimum along the direction, or promises much of the loss.
 
-    Two numbers tell how far the rate `r` is. Both are ratios of averages (`smoothing`):
+    Two numbers tell how far the rate `r` is, each the median over three updates:
 
-    * `e = r d'Hd / g.d`, the step as a share of the step to the parabola's minimum (GeN);
-    * `p = r g.d / L`, the fall that the slope predicts as a share of the loss (Polyak; for losses that can reach 0).
+    * `e = r d'Hd / g.d`, the step as a share of the step to the parabola's minimum (GeN), with the limit `edge`;
+    * `p = r g.d / L`, the fall that the slope promises as a share of the loss (Polyak), with the limit `share`. It
+      matters where the loss can fall to zero; losses with a high floor keep it small, and there `e` decides.
 
-    The rate starts small relative to the weights: its first step moves the share `start` of `|theta|`. It grows by
-    `quick` a step while both numbers are far below their limits, and by `growth` from there on, until `e` exceeds
-    `edge` or `p` exceeds `share`. From then on it creeps, by `1 + creep / t` at step `t`, while both are below again
-    and the rate times the loss stays below its value at the end of growth. It never falls, but for one case:
+    The rate starts small relative to the weights: its first step moves the share `start` of `|theta|`. It grows by the
+    factor `quick` a step as long as both numbers are below a hundredth of their limits, by `slow` from a tenth on, and
+    in between by what lies between. The first time that one of them passes its limit, this growth ends: the rate has
+    settled. From then on it creeps, by `1 + creep / t` at step `t`, while `e` is below its limit, `p` below twice its
+    limit, and the rate times the loss not larger than when it settled. Where both are below a tenth of their limits, as after a
+    start that a few strange batches have ended, it grows again, by at most `slow`.
 
-    where `e` jumps beyond `far`, growth has broken the model. The rule goes back to an earlier snapshot, at half the
-    rate that it had, and stays below a quarter of the rate that failed.
+    The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
 
-    The initial rate of the optimizer plays no part. Raises `ValueError` for values that do not fit together.
+    Updates are `update_every` steps apart at first, and `t / 8` later on, but not more than 64.
+
+    With `total_steps` the rate falls to zero over the last part `anneal` of them, linearly, while the weights in
+    training go over into their average (see `Averaging`). The initial rate of the optimizer plays no part.
+
+    Raises `ValueError` for values that do not fit together.
     """
 
-    smoothing: float = 0.8
     start: float = 5e-5
-    quick: float = 1.25
-    growth: float = 1.07
-    edge: float = 1.5
-    share: float = 0.3
-    resume: float = 2 / 3
-    creep: float = 2.0
+    quick: float = 1.5
+    slow: float = 1.07
+    edge: float = 0.75
+    share: float = 0.15
+    creep: float = 0.5
     far: float = 4.0
-    settled_stride: int = 2
+    smoothing: float = 0.8  # of the groups' ratios
     total_steps: int | None = None
+    anneal: float = 0.1
 
     needs_norms = True
 
     def __post_init__(self) -> None:
-        if not (0 <= self.smoothing < 1 and 1 <= self.growth <= self.quick):
-            raise ValueError(f"need 0 <= smoothing < 1 and 1 <= growth <= quick, got {self}")
-        if not (isinstance(self.settled_stride, int) and self.settled_stride >= 1):
-            raise ValueError(f"settled_stride must be a whole number of updates, got {self.settled_stride!r}")
-        if not (self.start > 0 and 0 < self.resume <= self.edge < self.far and self.share > 0):
-            raise ValueError(f"need 0 < start, 0 < share, and 0 < resume <= edge < far, got {self}")
+        if not (self.start > 0 and 1 <= self.slow <= self.quick and self.creep >= 0):
+            raise ValueError(f"need start > 0, 1 <= slow <= quick and creep >= 0, got {self}")
+        if not (0 < self.edge < self.far and self.share > 0):
+            raise ValueError(f"need 0 < edge < far and share > 0, got {self}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"need 0 <= smoothing < 1, got {self.smoothing!r}")
+        if not 0 < self.anneal <= 1:
+            raise ValueError(f"anneal must be a share of total_steps, above 0 and at most 1, got {self.anneal!r}")
+        if self.total_steps is not None and not self.total_steps >= 1:
+            raise ValueError(f"total_steps must be a number of steps, 1 or more, got {self.total_steps!r}")
 
     def begin(self, rate: float) -> State:
         return State(rate, memory=AutoMemory())
@@ -102,55 +113,52 @@ class Auto:
         reason = why_no_minimum(parabola)
         memory = memory._replace(from_zero=memory.from_zero or (not memory.started and parabola.weight_norm == 0))
         whole_step = self._whole_step(memory, parabola)
-        if reason in (NOT_FINITE, FLAT) or whole_step is None:
-            held = memory._replace(growth=1.0)
-            return state._replace(rate=clamp.of(state.rate), reason=reason or NOT_FINITE, memory=held)
+        if reason in (NOT_FINITE, FLAT) or (whole_step is None and not memory.started):
+            memory = memory._replace(growth=1.0)
+            return state._replace(rate=clamp.of(state.rate), reason=reason or NOT_FINITE, memory=memory)
 
-        rate = state.rate if memory.started else self.start * whole_step
-        memory = self._averaged(memory, parabola)._replace(started=True, age=memory.age + steps)
-        of_minimum = rate / memory.minimum if memory.minimum > 0 else 2 * self.edge  # e
-        of_loss = rate * memory.numerator / memory.loss if memory.loss > 0 else 0.0  # p
-        if of_minimum > self.far and memory.snapshots and memory.minimum > 0:
-            return self._back(state, memory, rate, clamp)
-        over = of_minimum > self.edge or of_loss > self.share
-        if over and not memory.settled:
-            memory = memory._replace(settled=True, budget=rate * memory.loss)
-        memory = memory._replace(growth=self._growth(memory, rate, of_minimum, of_loss))
-        if not memory.settled and (not memory.snapshots or rate >= 2 * memory.snapshots[-1]):
-            memory = memory._replace(snapshots=(*memory.snapshots, rate))
+        rate = state.rate if memory.started or whole_step is None else self.start * whole_step
+        memory = self._with(memory, parabola, reason)._replace(started=True, age=memory.age + steps)
+        of_minimum = rate * median(memory.curvatures)  # e
+        of_loss = rate * median(memory.slopes)  # p
+        if self.far < of_minimum < math.inf:
+            memory = memory._replace(curvatures=(), slopes=(), losses=(), growth=1.0, settled=True)
+            return state._replace(rate=clamp.of(rate / 2), reason=WENT_TOO_FAR, memory=memory)
+        of_limits = max(of_minimum / self.edge, of_loss / self.share)
+        loss = median(memory.losses)
+        if of_limits > 1 and not memory.settled:
+            memory = memory._replace(settled=True, budget=rate * loss)
+        free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
+        growth = min(self._growth(memory, of_limits, free), self.quick ** (2 / steps))  # between two updates
+        memory = memory._replace(growth=growth)
         used = clamp.of(rate)
         return state._replace(rate=used, reason=reason or (ACCEPTED if used == rate else CLAMPED), memory=memory)
 
+    def _growth(self, memory: AutoMemory, of_limits: float, free: bool) -> float:
+        """What the rate is multiplied by at each step, up to the next update."""
+        if not memory.settled:
+            slowed = math.log10(max(of_limits, 0.01)) + 2  # 0 at a hundredth of the limits, 1 at a tenth
+            return self.quick + min(slowed, 1.0) * (self.slow - self.quick)
+        if of_limits < 0.1:
+            return min(self.slow, 1 + 3 / memory.age)
+        return 1 + self.creep / memory.age if free else 1.0
+
     def advance(self, state: State, clamp: Clamp) -> State:
         """The state at the next step: between updates the rate grows on."""
-        memory: AutoMemory = state.memory
-        if memory.started and memory.growth != 1:
-            state = state._replace(rate=clamp.of(min(state.rate * memory.growth, memory.ceiling)))
+        if state.memory.started and state.memory.growth != 1:
+            state = state._replace(rate=clamp.of(state.rate * state.memory.growth))
         return state._replace(step=state.step + 1)
 
     def is_due(self, state: State, update_every: int) -> bool:
         memory: AutoMemory = state.memory
-        stride = self.settled_stride if memory.settled else 1
-        return not memory.started or state.step % (update_every * stride) == 0
+        stride = max(update_every, memory.age // 8)
+        longest = max(update_every, LONGEST_STRIDE if memory.settled else UNSETTLED_STRIDE)
+        return not memory.started or state.step + 1 - state.updated >= min(stride, longest)
 
     def factor(self, step: int) -> float:
-        return 1.0
-
-    def _growth(self, memory: AutoMemory, rate: float, of_minimum: float, of_loss: float) -> float:
-        if not memory.settled:
-            near = max(of_minimum / self.edge, of_loss / self.share, QUICK_BELOW)  # the limits are at 1
-            slowed = min(math.log(near / QUICK_BELOW) / math.log(SLOW_FROM / QUICK_BELOW), 1.0)
-            return self.quick + slowed * (self.growth - self.quick)
-        free = of_minimum < self.resume and of_loss < self.share and rate * memory.loss <= memory.budget
-        return 1 + self.creep / memory.age if free else 1.0
-
-    def _back(self, state: State, memory: AutoMemory, rate: float, clamp: Clamp) -> State:
-        """Growth went too far: to the snapshot before the last two, at half its rate."""
-        snapshots = memory.snapshots[: max(1, len(memory.snapshots) - 2)]
-        ceiling, rate = min(rate / 4, memory.ceiling), snapshots[-1] / 2
-        memory = memory._replace(numerator=0.0, denominator=0.0, loss=0.0)
-        memory = memory._replace(settled=True, budget=math.inf, ceiling=ceiling, growth=1.0, snapshots=snapshots)
-        return state._replace(rate=clamp.of(rate), reason=WENT_TOO_FAR, memory=memory)
+        if self.total_steps is None:
+            return 1.0
+        return min(max(self.total_steps - step, 0) / (self.anneal * self.total_steps), 1.0)
 
     def _whole_step(self, memory: AutoMemory, parabola: Parabola) -> float | None:
         """The rate of a step as large as the weights, `|theta| / |d|`; None where nothing tells.
@@ -158,21 +166,23 @@ class Auto:
         Weights that are all zero have no size. For them it is the minimum of the parabola, or, where the loss does not
         curve upwards, `loss / (g.d)`, the step that would take the loss to zero (Polyak).
         """
-        sizes = [parabola.weight_norm / parabola.direction_norm if parabola.direction_norm > 0 else math.nan]
-        if memory.from_zero:
-            if memory.denominator > 0:
-                sizes.append(memory.minimum)
-            elif why_no_minimum(parabola) is None:
-                sizes.append(parabola.minimum)
+        size = parabola.weight_norm / parabola.direction_norm if parabola.direction_norm > 0 else math.nan
+        if memory.from_zero and not memory.started:
+            if why_no_minimum(parabola) is None:
+                size = parabola.minimum
             elif parabola.numerator > 0:
-                sizes.append(parabola.loss / parabola.numerator)
-        largest = max(sizes)
-        return largest if 0 < largest < math.inf else None
+                size = parabola.loss / parabola.numerator
+        return size if 0 < size < math.inf else None
 
-    def _averaged(self, memory: AutoMemory, parabola: Parabola) -> AutoMemory:
-        old, new = self.smoothing, 1 - self.smoothing
+    def _with(self, memory: AutoMemory, parabola: Parabola, reason: str | None) -> AutoMemory:
+        """Remember an update. Curvature within rounding is none that matters at this rate."""
+        loss, numerator, denominator, *_ = parabola
+        curvature = denominator / numerator if numerator > 0 else math.inf
+        if reason == CURVATURE_IN_ROUNDING:
+            curvature = 0.0
+        slope = numerator / loss if loss > 0 else 0.0
         return memory._replace(
-            numerator=old * memory.numerator + new * parabola.numerator,
-            denominator=old * memory.denominator + new * parabola.denominator,
-            loss=old * memory.loss + new * parabola.loss,
+            curvatures=(*memory.curvatures, curvature)[-REMEMBERED:],
+            slopes=(*memory.slopes, slope)[-REMEMBERED:],
+            losses=(*memory.losses, loss)[-REMEMBERED:],
         )

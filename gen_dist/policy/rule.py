@@ -22,7 +22,7 @@ NOT_FINITE = "not finite"
 NO_DESCENT = "the direction does not descend"
 CURVATURE_NOT_POSITIVE = "curvature not positive"
 CURVATURE_IN_ROUNDING = "curvature within rounding"
-WENT_TOO_FAR = "the rate went too far: back to an earlier state"
+WENT_TOO_FAR = "the rate was beyond the minimum: halved"
 OTHER_FUNCTION = "probes see another function than the one trained"
 FLAT = "the loss does not change along the direction"
 

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 __all__ = ["GroupMemory", "State", "state_from_dict", "state_to_dict"]
 
-VERSION = 2  # of a saved state; the first form had no number
+VERSION = 3  # of a saved state; the first form had no number
+
+KEPT_SINCE_FIRST = ("started", "age", "settled", "from_zero")  # of what `Auto` remembers; it was another rule then
 
 
 class GroupMemory(NamedTuple):
@@ -58,6 +60,9 @@ def state_from_dict(saved: Mapping[str, Any], like: State) -> State:
         raise ValueError(f"the state has version {version}, this gen_dist knows up to {VERSION}: update gen_dist")
     fields = dict(_from_first_version(saved)) if version == 1 else {name: saved[name] for name in State._fields}
     memory, groups = fields["memory"], fields["groups"]
+    if version < 3 and memory is not None:
+        memory = {name: value for name, value in memory.items() if name in KEPT_SINCE_FIRST}
+        memory["settled"] = bool(memory["settled"])
     if like.memory is not None:
         kind = type(like.memory)
         if memory is None or not memory.keys() <= set(kind._fields):

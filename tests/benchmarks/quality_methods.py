@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+RULE = {field.name for field in dataclasses.fields(gen.Auto)}
 UNTUNED = 1e-3  # PyTorch's default for AdamW and SGD, where a method wants some rate to begin with
 
 Start = Callable[[Task, nn.Module, int], Training]  # from task, model and number of steps
@@ -122,25 +124,24 @@ def textbook(task: Task, model: nn.Module, steps: int) -> Training:
 
 
 def autogen(
-    horizon: str | None = None,
+    horizon: bool = False,
     make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     groups: bool | str = False,
-    averaging: gen.Averaging | None = None,
-    **rule: Any,
+    **options: Any,
 ) -> Start:
-    """AutoGen with other values of the rule, or another averaging.
+    """AutoGen with other values of the rule, or other options of its own.
 
-    `horizon` names a decay to zero at the last step, `make` makes another optimizer than the task's, and with `groups`
-    it finds a rate for each group: matrices of the first and of the second half of the network, and vectors.
+    With `horizon` it knows the number of steps, `make` makes another optimizer than the task's, and with `groups` it
+    finds a rate for each group: matrices of the first and of the second half of the network, and vectors.
     """
+    values = {name: options.pop(name) for name in list(options) if name in RULE}
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
         if groups:
             regroup(optimizer, model)
-        known = {"total_steps": steps} if horizon else {}
-        options: dict[str, Any] = {"rule": gen.Auto(**rule, **known), "group_rates": groups, "average": averaging}
-        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, **options))
+        rule = gen.Auto(**values, total_steps=steps if horizon else None)
+        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, rule=rule, group_rates=groups, **options))
 
     return start
 
@@ -181,19 +182,23 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-adamw": autogen(make=make_adamw),
     "autogen-groups": autogen(groups=True),
     "autogen-groups-diagonal": autogen(groups="diagonal"),
-    "autogen-optimizers-momentum": autogen(averaging=gen.Averaging(momentum=0.3, power=8, rate_power=0)),
-    "autogen-both-momenta": autogen(averaging=gen.Averaging()),
-    "autogen-unsmoothed": autogen(smoothing=0.0),
+    "autogen-horizon": autogen(horizon=True),
+    "autogen-optimizers-momentum": autogen(momentum="optimizer"),
+    "autogen-both-momenta": autogen(average=gen.Averaging(momentum=0.9, power=1, rate_power=2)),
+    "autogen-one-probe": autogen(curvature="forward", probes=1),
+    "autogen-two-probes": autogen(curvature="forward", probes=2),
+    "autogen-growth-1.25": autogen(quick=1.25),
+    "autogen-growth-2": autogen(quick=2.0),
     "autogen-slow-growth": autogen(quick=1.07),
-    "autogen-quick-growth": autogen(quick=1.5),
-    "autogen-edge-1": autogen(edge=1.0),
-    "autogen-edge-2": autogen(edge=2.0),
-    "autogen-share-0.15": autogen(share=0.15),
+    "autogen-edge-0.4": autogen(edge=0.4),
+    "autogen-edge-1.5": autogen(edge=1.5),
+    "autogen-share-0.07": autogen(share=0.07),
+    "autogen-share-0.3": autogen(share=0.3),
+    "autogen-no-edge": autogen(edge=1e9, far=math.inf),
     "autogen-no-share": autogen(share=math.inf),
     "autogen-no-creep": autogen(creep=0.0),
-    "autogen-no-way-back": autogen(far=math.inf),
+    "autogen-creep-2": autogen(creep=2.0),
     "autogen-start-5e-4": autogen(start=5e-4),
-    "autogen-start-2e-4": autogen(start=2e-4),
 }
 METHODS = GRID | UNTUNED_METHODS
 
