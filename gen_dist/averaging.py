@@ -60,9 +60,7 @@ class AveragedWeights:
 
     This is Schedule-Free without a buffer for `z = x + (y - x) / (1 - momentum)`.
 
-    Where a horizon is known, `1 - momentum` is multiplied by a decay `f` from 1 to 0, and the rate of `y` as well, so
-    that of `z` stays. At the last step `y` is the average. With the next step's decay `f'`, `z - x` is as before the
-    step `(y - x) / ((1 - momentum) f)`, and `y = x + (1 - momentum) f' (z - x)` after it.
+    At the last step of a known horizon, `y` becomes `x`.
 
     Each parameter counts its own `t`, from the first step after it came to the optimizer, with its group.
 
@@ -81,7 +79,7 @@ class AveragedWeights:
         self.totals: list[float] = []  # the sum W of what they count
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
-        self.decays = (1.0, 1.0)
+        self.last = False
         self._hook()
 
     def _hook(self) -> None:
@@ -102,9 +100,9 @@ class AveragedWeights:
         """The number of steps averaged."""
         return max(self.counts, default=0)
 
-    def expect_step(self, expected: bool = True, decays: tuple[float, float] = (1.0, 1.0)) -> None:
-        """Say whether the optimizer's next step is one of the training, to be averaged, and the decays at and after it."""
-        self.expected, self.decays = expected, decays
+    def expect_step(self, expected: bool = True, last: bool = False) -> None:
+        """Say whether the optimizer's next step is one of the training, to be averaged, and whether it is the last."""
+        self.expected, self.last = expected, last
         if self.averaging.takes_over:
             take_momentum(self.optimizer)
 
@@ -123,27 +121,26 @@ class AveragedWeights:
         self.average += [_precise(w.clone()) for w in new]
         self.counts += [0] * len(new)
         self.totals += [0.0] * len(new)
-        if not self.decays[0]:  # beyond the horizon the rate is zero
-            return
         alike = list(zip(self.counts, self.totals, rates, strict=True))
         for count, total, rate in sorted(set(alike)):
             these = [index for index, own in enumerate(alike) if own == (count, total, rate)]
-            counts_as = (count + 1) ** self.averaging.power * (rate / self.decays[0]) ** self.averaging.rate_power
+            counts_as = (count + 1) ** self.averaging.power * rate**self.averaging.rate_power
             if count and counts_as:
                 average, current = [self.average[i] for i in these], [weights[i] for i in these]
                 self._update(average, current, counts_as / (total + counts_as))
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
 
-    def _update(self, average: list[Tensor], weights: list[Tensor], share: float) -> None:
-        """Move both along `y - x`; `y` first, which leaves of it what `x` needs."""
-        decay, next_decay = self.decays
-        moved = share / ((1 - self.averaging.momentum) * decay)  # of y - x, by x
-        left = moved + (1 - share) * next_decay / decay  # of y - x as it was, from the old x to the new y
-        if left != 1:
+        if self.last:
+            foreach_copy_(weights, self.average)
+
+    def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
+        momentum = self.averaging.momentum
+        share = weight / (1 - momentum)
+        if momentum:  # first, since y - x is then 1 + momentum share of what it was, and never zero
             averages = [x.to(y.dtype) for x, y in zip(average, weights, strict=True)]
-            foreach_lerp_(weights, averages, 1 - left)
-        foreach_lerp_(average, [_precise(y) for y in weights], moved / left)
+            foreach_lerp_(weights, averages, -momentum * share)
+        foreach_lerp_(average, [_precise(y) for y in weights], share / (1 + momentum * share))
 
     @contextlib.contextmanager
     def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:

@@ -77,8 +77,8 @@ class AutoGen(GenScheduler):
     set to zero in its groups, which keep it as `momentum_taken`; `give_momentum_back(optimizer)` undoes that. The
     initial learning rate plays no part, except for the ratios between groups.
 
-    With `total_steps` the horizon is known: in the last tenth of the steps the weights in training go over into their
-    average, so at the end there is nothing to evaluate or export apart.
+    With `total_steps` the horizon is known: at the last step the weights become their average, so at the end there is
+    nothing to evaluate or export apart.
 
     Args:
         update_every: the number of steps between updates at the start; later they are rarer (see `Auto`).

@@ -187,15 +187,15 @@ class GenScheduler(LRScheduler):
         """Find the direction where this step measures; gradients that are not finite never reach the optimizer."""
         self.optimizer.reset()
         if self.average is not None:
-            self.average.expect_step(decays=self._decays(self.state.step))
+            self.average.expect_step(last=self._is_last(self.state.step))
         if not finite:
             self._skip_step()
         elif due:
             self.optimizer.compute_param_updates()
         return self.optimizer.direction or Direction()
 
-    def _decays(self, step: int) -> tuple[float, float]:
-        return self.rule.factor(step), self.rule.factor(step + 1)
+    def _is_last(self, step: int) -> bool:
+        return self.rule.factor(step) > 0 and self.rule.factor(step + 1) == 0
 
     def _skip_step(self) -> None:
         self.optimizer.skip_step()
@@ -363,7 +363,7 @@ class GenScheduler(LRScheduler):
         if self.average is not None and state_dict["average"] is not None:
             self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
             expected = bool(state_dict.get("step_expected", state_dict.get("step_pending")))
-            self.average.expect_step(expected, self._decays(max(state.step - 1, 0)))
+            self.average.expect_step(expected, self._is_last(state.step - 1))
         self.state = state
         if self.estimator.fallback and state_dict.get("measured_by") == self.estimator.fallback.name:
             self._measure_by(self.estimator.fallback)

@@ -67,15 +67,15 @@ class Auto:
     factor `quick` a step as long as both numbers are below a hundredth of their limits, by `slow` from a tenth on, and
     in between by what lies between. The first time that one of them passes its limit, this growth ends: the rate has
     settled. From then on it creeps, by `1 + creep / t` at step `t`, while `e` is below its limit, `p` below twice its
-    limit, and the rate times the loss not larger than when it settled. Where both are below a tenth of their limits, as after a
-    start that a few strange batches have ended, it grows again, by at most `slow`.
+    limit, and the rate times the loss not larger than when it settled. Where both are below a tenth of their limits,
+    as after a growth that a few strange batches have ended, it grows again, by at most `slow`.
 
     The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
 
     Updates are `update_every` steps apart at first, and `t / 8` later on, but not more than 64.
 
-    With `total_steps` the rate falls to zero over the last part `anneal` of them, linearly, while the weights in
-    training go over into their average (see `Averaging`). The initial rate of the optimizer plays no part.
+    With `total_steps` the rate is zero after them, and at the last of them the weights become their average, if one is
+    kept. The initial rate of the optimizer plays no part.
 
     Raises `ValueError` for values that do not fit together.
     """
@@ -89,7 +89,6 @@ class Auto:
     far: float = 4.0
     smoothing: float = 0.8  # of the groups' ratios
     total_steps: int | None = None
-    anneal: float = 0.1
 
     needs_norms = True
 
@@ -100,8 +99,6 @@ class Auto:
             raise ValueError(f"need 0 < edge < far and share > 0, got {self}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"need 0 <= smoothing < 1, got {self.smoothing!r}")
-        if not 0 < self.anneal <= 1:
-            raise ValueError(f"anneal must be a share of total_steps, above 0 and at most 1, got {self.anneal!r}")
         if self.total_steps is not None and not self.total_steps >= 1:
             raise ValueError(f"total_steps must be a number of steps, 1 or more, got {self.total_steps!r}")
 
@@ -156,9 +153,7 @@ class Auto:
         return not memory.started or state.step + 1 - state.updated >= min(stride, longest)
 
     def factor(self, step: int) -> float:
-        if self.total_steps is None:
-            return 1.0
-        return min(max(self.total_steps - step, 0) / (self.anneal * self.total_steps), 1.0)
+        return 1.0 if self.total_steps is None or step < self.total_steps else 0.0
 
     def _whole_step(self, memory: AutoMemory, parabola: Parabola) -> float | None:
         """The rate of a step as large as the weights, `|theta| / |d|`; None where nothing tells.
