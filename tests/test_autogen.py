@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
+import statistics
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,8 +40,7 @@ def train(kind: str, lr: float = 1e-3, total_steps: int | None = None) -> Trace:
     inner = new_model()
     model = parallel(inner, kind)
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=lr)
-    average = True if total_steps else None
-    scheduler = gen.AutoGen(optimizer, model, criterion, update_every=4, total_steps=total_steps, average=average)
+    scheduler = gen.AutoGen(optimizer, model, criterion, total_steps=total_steps)
     here = slice_here()
     rates = []
     for x, y in data():
@@ -75,51 +77,60 @@ def test_the_initial_rate_plays_no_part() -> None:
     assert all(torch.equal(small[1][name], large[1][name]) for name in small[1])
 
 
-def test_rates_follow_the_recipe_written_out() -> None:
-    """Beside the rule as QUALITY states it, on derivatives by double backward."""
+def test_rates_and_weights_follow_the_recipe_written_out() -> None:
+    """Beside the rule and Schedule-Free's three sequences as their papers state them, by double backward."""
     model = new_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rates, numerator, denominator, settled, rate = [], 0.0, 0.0, 0, 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.999))
+    weights = [*model.parameters()]
+    curvatures: list[float] = []
+    slopes: list[float] = []
+    rates, rate, growth, updated, sum_of_shares = [], 0.0, 1.0, -9, 0.0
+    z = [p.detach().clone() for p in weights]
     for step, (x, y) in enumerate(data()):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
-        if step % (4 if settled < 3 else 8) == 0:
-            d = reference.direction(model, optimizer)
-            weights = [*model.parameters()]
-            _, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
+        d = reference.direction(model, optimizer)
+        if step - updated >= 2:
+            loss, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
             size = (sum(p.square().sum() for p in weights) / sum(v.square().sum() for v in d)).sqrt().item()  # type: ignore[union-attr]
-            rate = rate or 5e-4 * size
-            limit = rate * (1.09 ** (4 if step else 1) if settled < 3 else 1)
-            if curvature > 0:
-                numerator, denominator = 0.9 * numerator + 0.1 * slope, 0.9 * denominator + 0.1 * curvature
-                target = min(numerator / denominator, 0.1 * size)
-                settled += target < limit
-                rate = min(target, limit)
-            else:
-                rate = min(limit, 0.1 * size)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+            rate = rate or 5e-5 * size
+            curvatures, slopes = [*curvatures, curvature / slope][-3:], [*slopes, slope / loss][-3:]
+            e, p = rate * statistics.median(curvatures), rate * statistics.median(slopes)
+            near = max(e / 0.75, p / 0.15)
+            assert near < 1, "20 steps from so small a rate are growth"
+            growth = 1.5 - 0.43 * min(max(math.log10(near) + 2, 0), 1) if near > 0 else 1.5
+            updated = step
+        optimizer.step()  # for its state; the weights come from the three sequences
+        for ahead, v in zip(z, d, strict=True):
+            ahead -= (rate if step == 0 else 10 * rate) * v
+        sum_of_shares += (step + 1) * rate**2
+        if step == 0:
+            mean = [ahead.clone() for ahead in z]
+        for weight, ahead, average in zip(weights, z, mean, strict=True):
+            average.lerp_(ahead, (step + 1) * rate**2 / sum_of_shares)
+            weight.data.copy_(0.1 * ahead + 0.9 * average)
         rates.append(rate)
-        weights = [p.detach() for p in model.parameters()]
-        if not step:
-            averages = [w.clone() for w in weights]
-        for weight, average in zip(weights, averages, strict=True):
-            move = 13 / (step + 13) * (weight - average)
-            average += move
-            weight += 0.3 * move
-    assert train("replica")[0] == pytest.approx(rates, rel=1e-9)
+        rate *= growth
+    seen_rates, seen_weights, seen_averages = train("replica")
+    assert seen_rates == pytest.approx(rates, rel=1e-9)
+    for (name, weight), average in zip(model.named_parameters(), mean, strict=True):
+        torch.testing.assert_close(seen_weights[name], weight.detach(), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(seen_averages[name], average, rtol=1e-9, atol=1e-10)
 
 
-def test_a_known_horizon_decays_at_every_step() -> None:
-    constant, decayed = train("replica")[0], train("replica", total_steps=STEPS)[0]
-    assert decayed[:4] == pytest.approx([constant[0] * (1 - step / STEPS) for step in range(4)])
-    assert decayed[-1] < 0.2 * max(decayed)
+def test_at_the_last_step_of_a_known_horizon_the_weights_become_their_average() -> None:
+    free, bound = train("replica"), train("replica", total_steps=STEPS)
+    assert bound[0] == free[0]
+    assert all(torch.equal(bound[1][name], free[2][name]) for name in free[1])
+    assert not all(torch.equal(free[1][name], free[2][name]) for name in free[1])
+    early = train("replica", total_steps=STEPS - 3)[0]
+    assert early == [*free[0][: STEPS - 3], 0.0, 0.0, 0.0]
 
 
 # ----------------------------------------------------------------------------------------- averaged weights
 
 
-def small_problem(average: Averaging | None = None, **options: Any) -> tuple[gen.AutoGen, Tensor, Tensor]:
+def small_problem(average: bool | Averaging = True, **options: Any) -> tuple[gen.AutoGen, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
     optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1, momentum=0.9)
@@ -142,9 +153,10 @@ def steps(scheduler: gen.AutoGen, x: Tensor, y: Tensor, count: int) -> list[list
 def test_the_average_is_over_a_growing_window() -> None:
     scheduler, x, y = small_problem(Averaging(momentum=0))
     seen = steps(scheduler, x, y, 12)
-    average = seen[0]
+    average, total = seen[0], 1.0
     for t, weights in enumerate(seen[1:], start=2):
-        average = [a + 13 / (t + 12) * (w - a) for a, w in zip(average, weights, strict=True)]
+        total += t**12
+        average = [a + t**12 / total * (w - a) for a, w in zip(average, weights, strict=True)]
     for _ in range(2):  # looking twice takes nothing twice
         with scheduler.averaged():
             for p, a in zip(scheduler.model.parameters(), average, strict=True):
@@ -153,27 +165,76 @@ def test_the_average_is_over_a_growing_window() -> None:
         assert torch.equal(p, w)
 
 
-def test_momentum_is_the_interpolation_of_schedule_free() -> None:
+@pytest.mark.parametrize("power", [0, 2])
+@pytest.mark.parametrize("rate_power", [0, 2])
+def test_momentum_is_the_interpolation_of_schedule_free(power: float, rate_power: float) -> None:
     """`y = (1 - b) z + b x`, gradients at `y`, `z` makes `1 / (1 - b)` times the step, and `x` is the mean of `z`."""
     b = 0.75
-    averaging = Averaging(power=3, momentum=b)  # (1 - b) (power + 1) = 1: all z weigh the same
-    scheduler, x, y = small_problem(averaging, update_every=1, rule=Auto(settled_stride=1))  # always a direction
+    averaging = Averaging(b, power, rate_power)
+    scheduler, x, y = small_problem(averaging, update_every=1, rule=Auto())
     steps(scheduler, x, y, 1)
+    total = scheduler.get_last_lr()[0] ** rate_power
     weights = [*scheduler.model.parameters()]
     ahead, mean = [p.detach().clone() for p in weights], [p.detach().clone() for p in weights]
-    for step in range(2, 12):
+    for step in range(2, 9):  # an update at each: always a direction
         scheduler.optimizer.zero_grad()
         F.cross_entropy(scheduler.model(x), y).backward()
         scheduler.step(x, y)
         updates = [scheduler.optimizer.get_param_update(p).clone() for p in weights]
         scheduler.optimizer.step()
+        rate = scheduler.get_last_lr()[0]
+        total += step**power * rate**rate_power
         for i, update in enumerate(updates):
-            ahead[i] -= scheduler.get_last_lr()[0] / (1 - b) * update
-            mean[i] += (ahead[i] - mean[i]) / (step + 3)
+            ahead[i] -= rate / (1 - b) * update
+            mean[i] += step**power * rate**rate_power / total * (ahead[i] - mean[i])
             torch.testing.assert_close(weights[i].detach(), (1 - b) * ahead[i] + b * mean[i], rtol=1e-10, atol=1e-10)
     with scheduler.averaged():
         for p, m in zip(scheduler.model.parameters(), mean, strict=True):
             torch.testing.assert_close(p, m, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "before", "during"),
+    [
+        (partial(torch.optim.SGD, momentum=0.9, nesterov=True), "momentum", 0.9, 0.0),
+        (torch.optim.Adam, "betas", (0.9, 0.999), (0.0, 0.999)),
+        (torch.optim.AdamW, "betas", (0.9, 0.999), (0.0, 0.999)),
+    ],
+    ids=["SGD", "Adam", "AdamW"],
+)
+def test_averages_take_the_momentum_over(
+    make: Any, name: str, before: Any, during: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gen_dist")
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
+    optimizer = gen.as_gen_optimizer(make(model.parameters(), lr=0.1))
+    scheduler = gen.AutoGen(optimizer, model, F.cross_entropy)
+    steps(scheduler, x, y, 3)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})  # late, without gradients
+    steps(scheduler, x, y, 3)
+    assert [group[name] for group in optimizer.param_groups] == [during] * 2
+    assert sum("take over the momentum" in message for message in caplog.messages) == 1
+    saved = copy.deepcopy(optimizer.state_dict())
+    gen.give_momentum_back(optimizer)
+    assert [group[name] for group in optimizer.param_groups] == [before] * 2
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][name] == during
+    gen.give_momentum_back(optimizer)
+    assert [group[name] for group in optimizer.param_groups] == [before] * 2
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_momentum_that_is_kept_or_cannot_be_taken_gets_other_averages(make: Any) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = gen.as_gen_optimizer(make(model.parameters(), lr=0.1, momentum=0.9))
+    momentum = "optimizer" if make is torch.optim.SGD else "averages"
+    scheduler = gen.AutoGen(optimizer, model, F.cross_entropy, momentum=momentum)
+    steps(scheduler, torch.randn(16, 4), torch.randint(0, 3, (16,)), 3)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert scheduler.average is not None
+    assert scheduler.average.averaging == Averaging()
+    with pytest.raises(ValueError, match="'averages' or 'optimizer', got 'none'"):
+        gen.AutoGen(optimizer, model, momentum="none")
 
 
 def test_training_weights_come_back_after_an_error() -> None:

@@ -180,7 +180,8 @@ def test_a_fault_on_one_rank_spoils_nothing(
         assert all(0 < lr <= 0.1 for lr, _, _, _ in seen)
         if fault != "no samples":
             assert seen[2][1] == "not finite"
-            assert seen[2][0] == seen[1][0], "the rate is kept"
+            assert seen[2][0] <= seen[1][0] * (1.5 if auto else 1), "at most the growth that was decided before"
+            assert auto or seen[2][0] == seen[1][0], "the rate is kept"
         if fault == "nan in the gradient":
             assert seen[2][3] == seen[1][3], "the step is skipped"
         assert seen[3][1] != "not finite", "and the next one is as ever"

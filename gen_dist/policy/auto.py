@@ -126,7 +126,7 @@ class Auto:
         if of_limits > 1 and not memory.settled:
             memory = memory._replace(settled=True, budget=rate * loss)
         free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
-        growth = min(self._growth(memory, of_limits, free), self.quick ** (2 / steps))  # between two updates
+        growth = min(self._growth(memory, of_limits, free), self.quick ** (2 / max(steps, 1)))  # between two updates
         memory = memory._replace(growth=growth)
         used = clamp.of(rate)
         return state._replace(rate=used, reason=reason or (ACCEPTED if used == rate else CLAMPED), memory=memory)

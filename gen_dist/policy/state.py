@@ -67,7 +67,7 @@ def state_from_dict(saved: Mapping[str, Any], like: State) -> State:
         kind = type(like.memory)
         if memory is None or not memory.keys() <= set(kind._fields):
             raise ValueError(f"the state is that of another rule than {kind.__module__}: load it into the same recipe")
-        fields["memory"] = kind(**memory)
+        fields["memory"] = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in memory.items()})
     else:
         fields["memory"] = None
     fields["groups"] = None if groups is None else GroupMemory(**groups)
