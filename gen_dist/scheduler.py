@@ -360,8 +360,11 @@ class GenScheduler(LRScheduler):
         rank has saved its part.
         """
         state = state_from_dict(state_dict, self.state)
-        if self.average is not None and state_dict["average"] is not None:
-            self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
+        if self.average is not None:
+            if state_dict["average"] is None:
+                self.average.begin_again()
+            else:
+                self.average.load_state_dict(state_dict["average"])  # before anything has changed: it may refuse
             expected = bool(state_dict.get("step_expected", state_dict.get("step_pending")))
             self.average.expect_step(expected, self._is_last(state.step - 1))
         self.state = state

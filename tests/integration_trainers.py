@@ -270,6 +270,8 @@ def lightning(setting: Setting) -> Rates:
     assert module.accuracy.update_count <= STEPS * setting.accumulate, "the metric must count each batch once"
     if setting.directory and not setting.resume:
         trainer.save_checkpoint(checkpoint)
+    if setting.default:
+        assert_ended_in_the_average(callback.scheduler)
     return callback.scheduler.rates if not setting.default else seen  # type: ignore[attr-defined]
 
 
@@ -352,6 +354,8 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
         scheduler=None if setting.default else Recorded,
     )
     trainer.train(resume_from_checkpoint=setting.resume or None)
+    if setting.default:
+        assert_ended_in_the_average(trainer.lr_scheduler.scheduler)
     return seen
 
 
@@ -442,6 +446,14 @@ def train_with_checkpoints(
     if setting.directory and not setting.resume:
         save(state, checkpoint_id=setting.directory)
     return schedulers.scheduler.rates
+
+
+def assert_ended_in_the_average(scheduler: gen.GenScheduler) -> None:
+    """At the last step of the horizon the weights become their average."""
+    assert scheduler.average is not None
+    assert scheduler.average.count == STEPS
+    averages = scheduler.averaged_state_dict()
+    assert all(torch.equal(value, averages[name]) for name, value in scheduler.model.state_dict().items())
 
 
 def sharded(model: nn.Module) -> nn.Module:

@@ -56,14 +56,9 @@ class RateAtStep:
     def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
         """Let this scheduler set the rates from now on, in the `step` of its optimizer, or of the container `stepped`.
 
-        Raises `ValueError` if its state would not survive a trainer's checkpoint.
+        Trainers save a scheduler on one rank. Of a sharded model it has only a part of the averaged weights: they are
+        not saved then, and begin anew from the weights of the checkpoint.
         """
-        weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
-        if scheduler.average is not None and scheduler.layout.gradient_is_sharded(weights):
-            raise ValueError(
-                "trainers save a scheduler on one rank, which has only a shard of the averaged weights: make it "
-                "without them, AutoGen(..., total_steps=...) or average=False"
-            )
         self._scheduler = scheduler
         self._stepped = stepped or scheduler.optimizer
         self._hook = self._stepped.register_step_pre_hook(self._before_step)
@@ -102,7 +97,12 @@ class RateAtStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state, or the state loaded for a scheduler to come."""
-        return self._scheduler.state_dict() if self._scheduler is not None else self._state
+        if self._scheduler is None:
+            return self._state
+        scheduler = self._scheduler
+        weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
+        parts = {"average": None} if scheduler.layout.gradient_is_sharded(weights) else {}
+        return scheduler.state_dict() | parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned."""
