@@ -236,7 +236,6 @@ def averaged_shards() -> list[float]:
     scheduler = gen.AutoGen(optimizer, model, criterion)
     at_step = RateAtStep(scheduler)
     x, y = data()[0]
-    differences = []
     for step in range(3):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -246,15 +245,12 @@ def averaged_shards() -> list[float]:
             saved = [at_step.state_dict()]
             torch.distributed.broadcast_object_list(saved)
             at_step.load_state_dict(saved[0])
-        if step:
-            weights = [p.full_tensor().clone() for p in model.parameters()]
-            if step == 1:
-                assert scheduler.average is not None
-                assert scheduler.average.count == 0
-                continue
-            with scheduler.averaged():
-                differences = [(w - p.full_tensor()).abs().max().item() for w, p in zip(weights, model.parameters(), strict=True)]
-    return differences
+            assert scheduler.average is not None
+            assert scheduler.average.count == 0
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    with scheduler.averaged():
+        pairs = zip(before, model.parameters(), strict=True)
+        return [(weight - p.full_tensor()).abs().max().item() for weight, p in pairs]
 
 
 def test_averages_in_shards_begin_anew_after_a_trainers_checkpoint(pool: Pools) -> None:

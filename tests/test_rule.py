@@ -260,8 +260,8 @@ def test_updates_become_rarer() -> None:
     steps = due(Auto(), settled._replace(step=2, updated=1), 2, 2000)
     gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert gaps == sorted(gaps)
-    assert gaps[-1] == 64
-    assert sum(step < 600 for step in steps) < 45
+    assert gaps[-1] == 128
+    assert sum(step < 600 for step in steps) < 30
 
 
 def test_auto_measures_at_every_step_until_it_has_started() -> None:

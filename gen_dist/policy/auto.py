@@ -24,7 +24,7 @@ __all__ = ["Auto", "AutoMemory"]
 
 REMEMBERED = 3  # updates, of which the median counts: one strange batch decides nothing
 UNSETTLED_STRIDE = 4  # steps between updates at most, while the rate grows fast
-LONGEST_STRIDE = 64
+LONGEST_STRIDE = 128
 
 
 class AutoMemory(NamedTuple):
@@ -72,7 +72,8 @@ class Auto:
 
     The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
 
-    Updates are `update_every` steps apart at first, and `t / 8` later on, but not more than 64.
+    Updates are `update_every` steps apart at first, up to 4 as the rate grows on, and `t / 4` once it has settled, but
+    not more than 128.
 
     With `total_steps` the rate is zero after them, and at the last of them the weights become their average, if one is
     kept. The initial rate of the optimizer plays no part.
@@ -148,9 +149,11 @@ class Auto:
 
     def is_due(self, state: State, update_every: int) -> bool:
         memory: AutoMemory = state.memory
-        stride = max(update_every, memory.age // 8)
-        longest = max(update_every, LONGEST_STRIDE if memory.settled else UNSETTLED_STRIDE)
-        return not memory.started or state.step + 1 - state.updated >= min(stride, longest)
+        if not memory.started:
+            return True
+        stride = memory.age // 4 if memory.settled else memory.age // 8
+        stride = min(stride, LONGEST_STRIDE if memory.settled else UNSETTLED_STRIDE)
+        return state.step + 1 - state.updated >= max(stride, update_every)
 
     def factor(self, step: int) -> float:
         return 1.0 if self.total_steps is None or step < self.total_steps else 0.0
