@@ -106,7 +106,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, help="passes over the data (default: by data)")
     add("--steps", type=int, help="instead of --epochs: steps to take")
     add("--batch-size", type=int, help="examples in a step, of all ranks together (default: by data)")
-    add("--update-every", type=int, help="steps between updates of the rate (default: 8; 1 for --rule raw)")
+    add(
+        "--update-every",
+        type=int,
+        help="steps between updates of the rate (default: 2 at first, rarer later; 1 for --rule raw)",
+    )
     add(
         "--seed",
         type=int,
@@ -133,7 +137,7 @@ def fill_in_defaults(arguments: argparse.Namespace, ranks: Ranks) -> None:
         a,
         lr=recipe.lr,
         lr_max=recipe.lr_max if a.rule == "raw" else math.inf,
-        update_every=1 if a.rule == "raw" else 8,
+        update_every=1 if a.rule == "raw" else 2,
         epochs=EPOCHS[a.data],
         batch_size=BATCH_SIZE[a.data],
         output=Path("runs", f"{a.model}-{a.data}-{a.parallel}"),
