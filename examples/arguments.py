@@ -109,7 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--update-every",
         type=int,
-        help="steps between updates of the rate (default: 2 at first, rarer later; 1 for --rule raw)",
+        help="steps between updates of the rate (default: 2, rarer later; 1 for --rule raw)",
     )
     add(
         "--seed",

@@ -84,7 +84,7 @@ def test_rates_and_weights_follow_the_recipe_written_out() -> None:
     weights = [*model.parameters()]
     curvatures: list[float] = []
     slopes: list[float] = []
-    rates, rate, growth, updated, sum_of_shares = [], 0.0, 1.0, -9, 0.0
+    rates, rate, growth, updated, sum_of_shares, first_loss = [], 0.0, 1.0, -9, 0.0, 0.0
     z = [p.detach().clone() for p in weights]
     for step, (x, y) in enumerate(data()):
         optimizer.zero_grad()
@@ -94,9 +94,11 @@ def test_rates_and_weights_follow_the_recipe_written_out() -> None:
             loss, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
             size = (sum(p.square().sum() for p in weights) / sum(v.square().sum() for v in d)).sqrt().item()  # type: ignore[union-attr]
             rate = rate or 5e-5 * size
-            curvatures, slopes = [*curvatures, curvature / slope][-3:], [*slopes, slope / loss][-3:]
+            first_loss = loss if step == 0 else first_loss
+            fall = min(loss, max(first_loss - loss, loss / 2))
+            curvatures, slopes = [*curvatures, curvature / slope][-3:], [*slopes, slope / fall][-3:]
             e, p = rate * statistics.median(curvatures), rate * statistics.median(slopes)
-            near = max(e / 0.75, p / 0.15)
+            near = max(e / 0.75, p / 0.2)
             assert near < 1, "20 steps from so small a rate are growth"
             growth = 1.5 - 0.43 * min(max(math.log10(near) + 2, 0), 1) if near > 0 else 1.5
             updated = step

@@ -102,8 +102,11 @@ def test_probes_follow_the_rate_and_reach_farther_where_curvature_is_rounding() 
 
 
 def lines(e: float, p: float, rate: float) -> Parabola:
-    """A line on which this rate is the share `e` of the way to the minimum, and promises the share `p` of the loss."""
-    return seen(p / rate, e * p / rate**2, loss=1.0)
+    """A line on which this rate is the share `e` of the way to the minimum, and promises the share `p` of a fall.
+
+    The loss is 1 and has not fallen, so a half of it is taken to be left.
+    """
+    return seen(p / rate / 2, e * p / rate**2 / 2, loss=1.0)
 
 
 def path(rule: Auto, shares: list[tuple[float, float]], steps: int = 2) -> list[State]:
@@ -148,8 +151,8 @@ def test_weights_that_are_zero_start_from_the_parabola_whatever_the_rate_was(
         (-3.0, 0.001, 1.5),
         (0.0075, 0.0, 1.5),
         (0.075, 0.0, 1.07),
-        (0.0, 0.015, 1.07),
-        (0.7, 0.14, 1.07),
+        (0.0, 0.02, 1.07),
+        (0.7, 0.19, 1.07),
         (0.075 / math.sqrt(10), 0.0, 1.285),
     ],
     ids=["flat", "a hill", "1 % of e", "10 % of e", "10 % of p", "just below both", "half way, as logarithms"],
@@ -161,7 +164,7 @@ def test_growth_slows_from_a_hundredth_to_a_tenth_of_the_nearer_limit(e: float, 
     assert not state.memory.settled
 
 
-@pytest.mark.parametrize("over", [(0.8, 0.01), (0.1, 0.16)], ids=["e", "p"])
+@pytest.mark.parametrize("over", [(0.8, 0.01), (0.1, 0.21)], ids=["e", "p"])
 def test_growth_ends_at_either_limit_once_two_of_three_updates_say_so(over: tuple[float, float]) -> None:
     below = (0.01, 0.001)
     states = path(Auto(slow=1.0, quick=1.0), [below, below, over, over, below, below, below, over])
@@ -169,9 +172,22 @@ def test_growth_ends_at_either_limit_once_two_of_three_updates_say_so(over: tupl
     assert states[3].memory.budget == pytest.approx(states[3].rate)
 
 
+@pytest.mark.parametrize(
+    ("losses", "fall"),
+    [([4.0], 2.0), ([4.0, 3.0], 1.5), ([4.0, 2.5], 1.5), ([4.0, 2.0], 2.0), ([4.0, 1.0], 1.0), ([4.0, 5.0], 2.5)],
+    ids=["at first", "half", "as much as it has fallen", "as much, and to zero", "not below zero", "a loss that rose"],
+)
+def test_the_fall_that_is_left(losses: list[float], fall: float) -> None:
+    rule = Auto()
+    state = rule.begin(1.0)
+    for loss in losses:
+        state = rule.decide(state, seen(0.3, 0.0, loss=loss), 2, FREE)
+    assert state.memory.slopes[-1] == pytest.approx(0.3 / fall)
+
+
 def test_a_settled_rate_creeps_within_both_limits_and_its_budget() -> None:
     rule = Auto(slow=1.0)
-    over, free, promises_much, steep = (0.8, 0.01), (0.5, 0.01), (0.5, 0.31), (0.76, 0.01)
+    over, free, promises_much, steep = (0.8, 0.01), (0.5, 0.01), (0.5, 0.41), (0.76, 0.01)
     settled = path(rule, [over] * 3)[-1]
     assert settled.memory.growth == 1
     for shares, growth in [(free, 1 + 0.5 / 12), (promises_much, 1.0), (steep, 1.0)]:

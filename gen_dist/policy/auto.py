@@ -32,8 +32,9 @@ class AutoMemory(NamedTuple):
 
     Attributes:
         curvatures: `d'Hd / g.d` of the last updates, one over GeN's rate; infinite where the direction did not descend.
-        slopes: `g.d / L` of the last updates.
+        slopes: `g.d / F` of the last updates, with the fall `F` that is left (see `Auto`).
         losses: the last losses `L`.
+        first_loss: the loss at the first update.
         started: whether the rate has started from the size of the weights; until then every step is an update.
         age: the number of steps up to the last update.
         growth: what the rate is multiplied by at each step.
@@ -45,6 +46,7 @@ class AutoMemory(NamedTuple):
     curvatures: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
+    first_loss: float = 0.0
     started: bool = False
     age: int = 0
     growth: float = 1.0
@@ -60,8 +62,10 @@ class Auto:
     Two numbers tell how far the rate `r` is, each the median over three updates:
 
     * `e = r d'Hd / g.d`, the step as a share of the step to the parabola's minimum (GeN), with the limit `edge`;
-    * `p = r g.d / L`, the fall that the slope promises as a share of the loss (Polyak), with the limit `share`. It
-      matters where the loss can fall to zero; losses with a high floor keep it small, and there `e` decides.
+    * `p = r g.d / F`, the fall that the slope promises as a share of the fall that is left (Polyak), with the limit
+      `share`. Where the loss can end, nobody knows: it is taken to fall once more by as much as it has fallen since the
+      first update, but at least by half of what it is, and at most to zero. Language models, whose losses have a high
+      floor, keep `p` small, and there `e` decides.
 
     The rate starts small relative to the weights: its first step moves the share `start` of `|theta|`. It grows by the
     factor `quick` a step as long as both numbers are below a hundredth of their limits, by `slow` from a tenth on, and
@@ -85,7 +89,7 @@ class Auto:
     quick: float = 1.5
     slow: float = 1.07
     edge: float = 0.75
-    share: float = 0.15
+    share: float = 0.2
     creep: float = 0.5
     far: float = 4.0
     smoothing: float = 0.8  # of the groups' ratios
@@ -116,7 +120,9 @@ class Auto:
             return state._replace(rate=clamp.of(state.rate), reason=reason or NOT_FINITE, memory=memory)
 
         rate = state.rate if memory.started or whole_step is None else self.start * whole_step
-        memory = self._with(memory, parabola, reason)._replace(started=True, age=memory.age + steps)
+        if not memory.started:
+            memory = memory._replace(started=True, first_loss=parabola.loss)
+        memory = self._with(memory, parabola, reason)._replace(age=memory.age + steps)
         of_minimum = rate * median(memory.curvatures)  # e
         of_loss = rate * median(memory.slopes)  # p
         if self.far < of_minimum < math.inf:
@@ -178,7 +184,8 @@ class Auto:
         curvature = denominator / numerator if numerator > 0 else math.inf
         if reason == CURVATURE_IN_ROUNDING:
             curvature = 0.0
-        slope = numerator / loss if loss > 0 else 0.0
+        fall = min(loss, max(memory.first_loss - loss, loss / 2))
+        slope = numerator / fall if fall > 0 else 0.0
         return memory._replace(
             curvatures=(*memory.curvatures, curvature)[-REMEMBERED:],
             slopes=(*memory.slopes, slope)[-REMEMBERED:],
