@@ -80,6 +80,8 @@ class AveragedWeights:
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
         self.last = False
+        if averaging.takes_over:  # before a checkpoint is loaded, whose optimizer has no momentum to keep
+            take_momentum(optimizer)
         self._hook()
 
     def _hook(self) -> None:

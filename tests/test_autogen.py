@@ -211,6 +211,7 @@ def test_averages_take_the_momentum_over(
     model, x, y = nn.Linear(4, 3).double(), torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
     optimizer = gen.as_gen_optimizer(make(model.parameters(), lr=0.1))
     scheduler = gen.AutoGen(optimizer, model, F.cross_entropy)
+    assert optimizer.param_groups[0][name] == during, "from the start: a checkpoint may be loaded now"
     steps(scheduler, x, y, 3)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})  # late, without gradients
     steps(scheduler, x, y, 3)
