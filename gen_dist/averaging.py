@@ -39,14 +39,14 @@ class Averaging(NamedTuple):
     `AutoGen` uses `Averaging(momentum=0.9, power=1, rate_power=2, takes_over=True)`.
 
     Attributes:
-        momentum: how far the weights in training follow the average; 0 for an average that changes nothing.
         power, rate_power: the weights of step `t` count as `t^power r^rate_power` in the average.
+        momentum: how far the weights in training follow the average; 0 for an average that changes nothing.
         takes_over: whether the optimizer's own momentum (beta1 of Adam and AdamW, the momentum of SGD) is set to zero
             while the averages are kept, since they do its work.
     """
 
-    momentum: float = 0.3
     power: float = 12.0
+    momentum: float = 0.3
     rate_power: float = 0.0
     takes_over: bool = False
 
@@ -79,7 +79,7 @@ class AveragedWeights:
         self.totals: list[float] = []  # the sum W of what they count
         self.average: list[Tensor] = []
         self.expected = False  # whether the optimizer's next step counts
-        self.last = False
+        self.last = False  # whether it is the last one of a known horizon
         if averaging.takes_over:  # before a checkpoint is loaded, whose optimizer has no momentum to keep
             take_momentum(optimizer)
         self._hook()
@@ -132,7 +132,6 @@ class AveragedWeights:
                 self._update(average, current, counts_as / (total + counts_as))
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
-
         if self.last:
             foreach_copy_(weights, self.average)
 
@@ -217,7 +216,7 @@ class AveragedWeights:
 
     def _total(self, count: int, rate: float) -> float:
         """The sum `W` at a constant rate, for a state of 0.1.0."""
-        _, power, rate_power, _ = self.averaging
+        power, rate_power = self.averaging.power, self.averaging.rate_power
         return count ** (power + 1) / (power + 1) * rate**rate_power
 
     def _of_this_rank(self, saved: Any) -> list[Tensor]:

@@ -172,7 +172,7 @@ def test_the_average_is_over_a_growing_window() -> None:
 def test_momentum_is_the_interpolation_of_schedule_free(power: float, rate_power: float) -> None:
     """`y = (1 - b) z + b x`, gradients at `y`, `z` makes `1 / (1 - b)` times the step, and `x` is the mean of `z`."""
     b = 0.75
-    averaging = Averaging(b, power, rate_power)
+    averaging = Averaging(power, b, rate_power)
     scheduler, x, y = small_problem(averaging, update_every=1, rule=Auto())
     steps(scheduler, x, y, 1)
     total = scheduler.get_last_lr()[0] ** rate_power

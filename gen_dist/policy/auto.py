@@ -157,8 +157,8 @@ class Auto:
         memory: AutoMemory = state.memory
         if not memory.started:
             return True
-        stride = memory.age // 4 if memory.settled else memory.age // 8
-        stride = min(stride, LONGEST_STRIDE if memory.settled else UNSETTLED_STRIDE)
+        settled, growing = min(memory.age // 4, LONGEST_STRIDE), min(memory.age // 8, UNSETTLED_STRIDE)
+        stride = settled if memory.settled else growing
         return state.step + 1 - state.updated >= max(stride, update_every)
 
     def factor(self, step: int) -> float:

@@ -61,13 +61,13 @@ class Rule(Protocol):
         """The state after an update, `steps` after the one before: a new `rate`, its `reason`, a new `memory`."""
 
     def advance(self, state: State, clamp: Clamp) -> State:
-        """The state at the next step."""
+        """The state at the next step, whose rate may differ where a rule lets it grow between updates."""
 
     def is_due(self, state: State, update_every: int) -> bool:
         """Whether the present step makes an update."""
 
     def factor(self, step: int) -> float:
-        """What the rate is multiplied by at a step: the decay to a known horizon, else 1."""
+        """What the rate is multiplied by at a step: 0 after a known horizon, else 1."""
 
 
 def update(rule: Rule, state: State, parabola: Parabola, clamp: Clamp) -> State:

@@ -22,7 +22,7 @@ class Seen(NamedTuple):
         line: along which the weights are about to move, at the groups' own ratios.
         ranks: the ranks that train together.
         measured: the parabola, and the means over ranks of what companions added.
-        factor: what the rate is multiplied by at this step, by a decay to a known horizon.
+        factor: what the rate is multiplied by at this step: 0 after a known horizon, else 1.
         before: the state before the decision.
         probe: the rate at which finite differences were taken.
     """
