@@ -14,7 +14,7 @@ import integration_trainers as trainers
 import pytest
 import torch
 from integration_trainers import STEPS, Rates, Setting
-from problems import criterion, data, new_model
+from problems import criterion, data, new_model, whole
 from rank_pool import Pool
 from torch import Tensor
 
@@ -188,8 +188,8 @@ def test_several_optimizers_are_one() -> None:
     assert seen[:3] == seen[3:]
 
 
-@needs("torchtitan")
-def test_torchtitan_checkpoints_averaged_weights(tmp_path: Path) -> None:
+def torchtitan_averages(folder: str) -> list[dict[str, Tensor]]:
+    """The averaged weights after four steps in one go, and resumed after two."""
     from torch.distributed.checkpoint import load, save
 
     from gen_dist.integrations.torchtitan import GenSchedulers
@@ -197,12 +197,12 @@ def test_torchtitan_checkpoints_averaged_weights(tmp_path: Path) -> None:
     x, y = data()[0]
     ends = []
     for resume in (False, True):
-        model = new_model()
+        model = trainers.sharded(new_model())
         optimizers = trainers.optimizers_container([model])
         schedulers = GenSchedulers(optimizers, [model], gen.AutoGen)
         state = {"model": model, "optimizer": optimizers, "lr_scheduler": schedulers}
         if resume:
-            load(state, checkpoint_id=str(tmp_path))
+            load(state, checkpoint_id=folder)
         for step in range(schedulers.scheduler.last_epoch, 4):
             optimizers.zero_grad()
             criterion(model(x), y).backward()
@@ -210,10 +210,18 @@ def test_torchtitan_checkpoints_averaged_weights(tmp_path: Path) -> None:
             optimizers.step()
             schedulers.step()
             if step == 1:
-                save(state, checkpoint_id=str(tmp_path))
-        ends.append(schedulers.scheduler.averaged_state_dict())
-    for name, average in ends[0].items():
-        torch.testing.assert_close(ends[1][name], average, rtol=1e-12, atol=0)
+                save(state, checkpoint_id=folder)
+        averages = schedulers.scheduler.averaged_state_dict()
+        ends.append({name: whole(average) for name, average in averages.items()})
+    return ends
+
+
+@needs("torchtitan")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_torchtitan_checkpoints_averaged_weights(pool: Pools, ranks: int, tmp_path: Path) -> None:
+    for in_one_go, resumed in pool(ranks).run(torchtitan_averages, str(tmp_path)):
+        for name, average in in_one_go.items():
+            torch.testing.assert_close(resumed[name], average, rtol=1e-12, atol=0)
 
 
 # -------------------------------------------------------------------------------------------- wrong calls

@@ -33,7 +33,12 @@ class RateAtStep:
     left alone.
 
     Trainers wrap the model late, so `attach` may add the scheduler later. A state loaded before then is kept for it.
+
+    Most trainers save a scheduler on one rank (`saved_on_one_rank`). Of a sharded model it has only a part of the
+    averaged weights: they are not saved then, and begin anew from the weights of the checkpoint.
     """
+
+    saved_on_one_rank = True
 
     def __init__(self, scheduler: GenScheduler | None = None) -> None:
         self.batches: list[Any] = []
@@ -54,11 +59,7 @@ class RateAtStep:
         return self._scheduler is not None
 
     def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
-        """Let this scheduler set the rates from now on, in the `step` of its optimizer, or of the container `stepped`.
-
-        Trainers save a scheduler on one rank. Of a sharded model it has only a part of the averaged weights: they are
-        not saved then, and begin anew from the weights of the checkpoint.
-        """
+        """Let this scheduler set the rates from now on, in the `step` of its optimizer, or of a container of it."""
         self._scheduler = scheduler
         self._stepped = stepped or scheduler.optimizer
         self._hook = self._stepped.register_step_pre_hook(self._before_step)
@@ -101,8 +102,8 @@ class RateAtStep:
             return self._state
         scheduler = self._scheduler
         weights = [p for group in scheduler.optimizer.param_groups for p in group["params"]]
-        parts = {"average": None} if scheduler.layout.gradient_is_sharded(weights) else {}
-        return scheduler.state_dict() | parts
+        part = self.saved_on_one_rank and scheduler.layout.gradient_is_sharded(weights)
+        return scheduler.state_dict() | ({"average": None} if part else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned."""

@@ -37,6 +37,8 @@ class GenSchedulers(RateAtStep):
         scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`.
     """
 
+    saved_on_one_rank = False  # but by torch.distributed.checkpoint, each shard on its rank
+
     def __init__(self, optimizers: Any, model_parts: list[nn.Module], scheduler: SchedulerFactory) -> None:
         if len(model_parts) != 1:
             raise ValueError(f"the loss runs through one model, not {len(model_parts)} pipeline stages of it")
