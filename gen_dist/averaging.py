@@ -133,7 +133,14 @@ class AveragedWeights:
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
         if self.last:
-            foreach_copy_(weights, self.average)
+            self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let the weights become their average; before a step there is none, and they stay."""
+        self.layout.reshard()
+        weights = [local(p) for p in self.parameters[: len(self.average)]]
+        foreach_copy_(weights, self.average)
 
     def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
         momentum = self.averaging.momentum

@@ -80,7 +80,7 @@ class GenScheduler(LRScheduler):
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
         # would patch the optimizer and take a first step.
-        _check_arguments(optimizer, model, criterion, update_every, group_rates)
+        _check_arguments(optimizer, model, criterion, update_every, average, group_rates)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
         self.criterion = criterion
@@ -201,6 +201,8 @@ class GenScheduler(LRScheduler):
         self.optimizer.skip_step()
         if self.average is not None:
             self.average.expect_step(False)
+            if self._is_last(self.state.step):  # of a known horizon: no other step will hand the average over
+                self.average.finish()
 
     def _update(self, line: Line, finite: bool) -> tuple[State, Update]:
         """Measure, decide, and let the companions look: the state of the next rate, and the report. Collective."""
@@ -389,7 +391,9 @@ class GenScheduler(LRScheduler):
         )
 
 
-def _check_arguments(optimizer: Any, model: Any, criterion: Any, update_every: Any, group_rates: Any) -> None:
+def _check_arguments(
+    optimizer: Any, model: Any, criterion: Any, update_every: Any, average: Any, group_rates: Any
+) -> None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
         raise TypeError(f"{type(optimizer).__name__} wraps an optimizer: pass optimizer.optimizer")
     if not isinstance(optimizer, GenOptimizer):
@@ -408,5 +412,7 @@ def _check_arguments(optimizer: Any, model: Any, criterion: Any, update_every: A
         raise TypeError(f"criterion must be callable as criterion(model(x), y), got {criterion!r}")
     if not (isinstance(update_every, int) and update_every >= 1):
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")
+    if not isinstance(average, bool | Averaging):
+        raise TypeError(f"average must be True, False or gen_dist.Averaging(...), got {average!r}")
     if group_rates not in (False, True, "diagonal"):
         raise ValueError(f"group_rates must be True, False or 'diagonal', got {group_rates!r}")

@@ -129,6 +129,41 @@ def test_at_the_last_step_of_a_known_horizon_the_weights_become_their_average() 
     assert early == [*free[0][: STEPS - 3], 0.0, 0.0, 0.0]
 
 
+def test_a_skipped_last_step_of_a_known_horizon_leaves_the_average_all_the_same() -> None:
+    scheduler, x, y = small_problem(total_steps=6)
+    steps(scheduler, x, y, 5)
+    average = scheduler.averaged_state_dict()
+    scheduler.optimizer.zero_grad()
+    (F.cross_entropy(scheduler.model(x), y) * math.nan).backward()
+    scheduler.step(x, y)
+    scheduler.optimizer.step()
+    assert all(torch.equal(p, average[name]) for name, p in scheduler.model.named_parameters())
+
+
+def test_where_the_loss_curves_downwards_the_rate_grows_and_nothing_warns(caplog: pytest.LogCaptureFixture) -> None:
+    weight = nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
+    model = nn.ParameterList([weight])
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
+    scheduler = gen.AutoGen(optimizer, model)
+    rates = []
+    for _ in range(8):  # cos(x) + 1 curves downwards up to pi / 2
+        optimizer.zero_grad()
+        (torch.cos(weight).sum() + 1).backward()
+        scheduler.step(closure=lambda: torch.cos(weight).sum() + 1)
+        assert scheduler.last is not None
+        assert scheduler.last.denominator < 0
+        assert scheduler.last.accepted
+        optimizer.step()
+        rates += scheduler.get_last_lr()
+    assert rates == sorted(set(rates))
+    assert not [r for r in caplog.records if "updates in a row" in r.getMessage()]
+
+
+def test_average_takes_no_none() -> None:
+    with pytest.raises(TypeError, match=r"average must be True, False or gen_dist\.Averaging\(\.\.\.\), got None"):
+        small_problem(average=None)  # type: ignore[arg-type]
+
+
 # ----------------------------------------------------------------------------------------- averaged weights
 
 

@@ -12,6 +12,7 @@ from gen_dist.policy.rule import (
     ACCEPTED,
     CLAMPED,
     CURVATURE_IN_ROUNDING,
+    CURVATURE_NOT_POSITIVE,
     FLAT,
     NOT_FINITE,
     WENT_TOO_FAR,
@@ -136,7 +137,9 @@ class Auto:
         growth = min(self._growth(memory, of_limits, free), self.quick ** (2 / max(steps, 1)))  # between two updates
         memory = memory._replace(growth=growth)
         used = clamp.of(rate)
-        return state._replace(rate=used, reason=reason or (ACCEPTED if used == rate else CLAMPED), memory=memory)
+        if reason in (None, CURVATURE_NOT_POSITIVE):  # for this rule, no minimum ahead is an answer too
+            reason = ACCEPTED if used == rate else CLAMPED
+        return state._replace(rate=used, reason=reason, memory=memory)
 
     def _growth(self, memory: AutoMemory, of_limits: float, free: bool) -> float:
         """What the rate is multiplied by at each step, up to the next update."""
