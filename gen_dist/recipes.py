@@ -100,7 +100,7 @@ class AutoGen(GenScheduler):
         *,
         curvature: str = "auto",
         probes: int = 2,
-        update_every: int = 2,
+        update_every: int = 3,
         total_steps: int | None = None,
         rule: Auto | None = None,
         average: bool | Averaging = True,

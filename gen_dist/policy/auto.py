@@ -24,8 +24,9 @@ from gen_dist.policy.state import State
 __all__ = ["Auto", "AutoMemory"]
 
 REMEMBERED = 3  # updates, of which the median counts: one strange batch decides nothing
-UNSETTLED_STRIDE = 4  # steps between updates at most, while the rate grows fast
+UNSETTLED_STRIDE = 6  # steps between updates at most, while the rate grows fast
 LONGEST_STRIDE = 128
+UNSEEN = 3  # steps of quick growth at most, between two updates
 
 
 class AutoMemory(NamedTuple):
@@ -77,7 +78,7 @@ class Auto:
 
     The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
 
-    Updates are `update_every` steps apart at first, up to 4 as the rate grows on, and `t / 4` once it has settled, but
+    Updates are `update_every` steps apart at first, up to 6 as the rate grows on, and `t / 2` once it has settled, but
     not more than 128.
 
     With `total_steps` the rate is zero after them, and at the last of them the weights become their average, if one is
@@ -134,7 +135,7 @@ class Auto:
         if of_limits > 1 and not memory.settled:
             memory = memory._replace(settled=True, budget=rate * loss)
         free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
-        growth = min(self._growth(memory, of_limits, free), self.quick ** (2 / max(steps, 1)))  # between two updates
+        growth = min(self._growth(memory, of_limits, free), self.quick ** (UNSEEN / max(steps, 1)))
         memory = memory._replace(growth=growth)
         used = clamp.of(rate)
         if reason in (None, CURVATURE_NOT_POSITIVE):  # for this rule, no minimum ahead is an answer too
@@ -160,7 +161,7 @@ class Auto:
         memory: AutoMemory = state.memory
         if not memory.started:
             return True
-        settled, growing = min(memory.age // 4, LONGEST_STRIDE), min(memory.age // 8, UNSETTLED_STRIDE)
+        settled, growing = min(memory.age // 2, LONGEST_STRIDE), min(memory.age // 8, UNSETTLED_STRIDE)
         stride = settled if memory.settled else growing
         return state.step + 1 - state.updated >= max(stride, update_every)
 
