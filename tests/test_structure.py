@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "direction": {"torch_private", "restore", "parallel"},
     "line": {*GROUND, "restore", "forward_state", "jets", "parallel", "direction"},
     "averaging": {"torch_private", "restore", "parallel", "direction"},
-    "watch": {*GROUND, "policy", "parallel", "direction", "line"},
+    "watch": {*GROUND, "restore", "policy", "parallel", "direction", "line"},
     "rates": {"policy", "parallel", "direction", "line"},
     "update": {"parabola", "policy"},
 }
