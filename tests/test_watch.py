@@ -533,16 +533,6 @@ def expected() -> Numbers:
 
 TWO, FOUR = ("replica", "ddp", "zero", "fsdp1", "fsdp1 flat", "fsdp2", "tp"), ("hsdp", "fsdp2 x tp")
 KINDS = dict.fromkeys(TWO, 2) | dict.fromkeys(FOUR, 4)
-    "replica": 2,
-    "ddp": 2,
-    "zero": 2,
-    "fsdp1": 2,
-    "fsdp1 flat": 2,
-    "fsdp2": 2,
-    "tp": 2,
-    "hsdp": 4,
-    "fsdp2 x tp": 4,
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
