@@ -355,6 +355,17 @@ def test_a_skipped_step_is_passed_over_and_steps_that_never_come_are_told(caplog
     assert [record.message[:36] for record in caplog.records] == ["100 steps in a row moved no weight: "]
 
 
+def test_a_step_that_is_not_finite_is_told_and_left_as_it_is() -> None:
+    model, optimizer, x, y = with_gradient()
+    watch = gen.Watch(optimizer, model, F.mse_loss)
+    model[0].weight.grad[0, 0] = math.inf
+    with watch.step(x, y):
+        optimizer.step()
+    assert watch.last is not None
+    assert (watch.last.minimum, watch.last.reason) == (None, "not finite")
+    assert (~model[0].weight.isfinite()).nonzero().tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("curvature", ["exact", "forward"])
 def test_after_an_error_in_the_measurement_the_step_is_made(curvature: str, error: type[BaseException]) -> None:
@@ -477,7 +488,8 @@ def spread(model: nn.Module, kind: str) -> tuple[nn.Module, slice]:
         part = BATCH // mesh["data"].size()
         here = slice(mesh["data"].get_local_rank() * part, (mesh["data"].get_local_rank() + 1) * part)
         return sharded(tensor_parallel(model, mesh["tensor"]), mesh["data"]), here
-    return parallel(model, "ddp" if kind == "zero" else kind), slice_here()
+    kind_of_model = "ddp" if kind in ("zero", "ddp unequal") else kind
+    return parallel(model, kind_of_model), slice_here("unequal" if kind == "ddp unequal" else "equal")
 
 
 def run(kind: str, watched: bool) -> tuple[Numbers, dict[str, Tensor], int]:
@@ -494,16 +506,18 @@ def run(kind: str, watched: bool) -> tuple[Numbers, dict[str, Tensor], int]:
     between = 0
     for number, (x, y) in enumerate(batches):
         optimizer.zero_grad()
-        F.cross_entropy(model(x[here]), y[here]).backward()
+        weight = len(x[here])
+        loss = F.cross_entropy(model(x[here]), y[here])
+        (loss * weight * 2 / BATCH if kind == "ddp unequal" else loss).backward()
         if kind == "replica":  # which the script averages itself
             for p in model.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()  # type: ignore[operator]
         if watched and (number == 0 or number % 2):
-            with watch.step(x[here], y[here]):
+            with watch.step(x[here], y[here], weight=weight):
                 optimizer.step()
         elif watched:
-            with watch.step(x[here], y[here]), Collectives() as collectives:
+            with watch.step(x[here], y[here], weight=weight), Collectives() as collectives:
                 optimizer.step()
             between += 0 if kind == "zero" else len(collectives.seen)
         else:
@@ -531,7 +545,7 @@ def expected() -> Numbers:
     return true
 
 
-TWO, FOUR = ("replica", "ddp", "zero", "fsdp1", "fsdp1 flat", "fsdp2", "tp"), ("hsdp", "fsdp2 x tp")
+TWO, FOUR = ("replica", "ddp", "ddp unequal", "zero", "fsdp1", "fsdp1 flat", "fsdp2", "tp"), ("hsdp", "fsdp2 x tp")
 KINDS = dict.fromkeys(TWO, 2) | dict.fromkeys(FOUR, 4)
 
 

@@ -84,9 +84,9 @@ class Watch:
             else forward, at the distance of the step or farther.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
 
-    A step that is looked at costs about five forward passes more, at the first one also a backward pass, and holds two
-    copies of this rank's weights. Other steps cost nothing. Raises `TypeError` or `ValueError` for arguments that do
-    not fit, and says which do.
+    A look costs about five forward passes and two small all-reduces, the first one a training step more, and the
+    memory of two copies of this rank's weights; by forward passes, three. Steps between looks cost nothing. Raises
+    `TypeError` or `ValueError` for arguments that do not fit, and says which do.
     """
 
     def __init__(
@@ -133,6 +133,9 @@ class Watch:
             closure: instead, a function that returns this rank's scalar loss, calling the model as it likes.
             batches: instead, a list of `(x, y)` or closures, whose losses are averaged (gradient accumulation).
             weight: this rank's share where slices are unequal.
+
+        The loss is measured in the precision that the model has outside of autocast; for that of autocast, give a
+        closure that enters it. With a gradient scaler the block is `scaler.step(optimizer)`.
 
         Every rank calls it, at every step. Everything that moves the weights inside the block is part of the step, and
         nothing else belongs there. Raises `ValueError` or `TypeError` on a wrong call. An error in the model or the

@@ -20,7 +20,8 @@ class Watched(NamedTuple):
         step: the number of the step, counted from 1.
         lr: the learning rate that the step was made with (of the group with the largest).
         minimum: the rate at the parabola's minimum, `g.d / d'Hd`; None where there is none.
-        edge: the edge of stability, `2 g.d / d'Hd`: at larger rates the loss rises along the step.
+        edge: the edge of stability, `2 g.d / d'Hd`: at larger rates the loss rises along the step. `2 / edge` is the
+            directional sharpness.
         numerator, denominator: `g.d` and `d'Hd`.
         loss: the loss before the step.
         reason: why there is no minimum; None where there is one.
