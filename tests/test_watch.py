@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from effects import Collectives, assert_unchanged, snapshot
+from memory import peak_memory
 from problems import BATCH, noisy_regression, parallel, perceptron, slice_here, whole
 from rank_pool import Pool
 from torch import Tensor, nn
@@ -213,6 +215,39 @@ def test_every_so_many_steps_and_nothing_in_between() -> None:
         hook.remove()
     assert [seen.step for seen in watch.history] == [1, 5]
     assert {*passes} == {1, 5}
+
+
+@pytest.mark.parametrize(("curvature", "copies"), [("exact", 2), ("forward", 3)])
+def test_a_look_holds_a_few_copies_of_the_weights_and_a_step_between_none(curvature: str, copies: int) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    watch = gen.Watch(optimizer, model, F.mse_loss, every=2, curvature=curvature)
+    x, y = torch.randn(2, 256), torch.randn(2, 256)
+    F.mse_loss(model(x), y).backward()
+
+    def step() -> None:
+        with watch.step(x, y):
+            optimizer.step()
+
+    step()  # which also checks the measurement by a backward pass
+    size = sum(p.nbytes for p in model.parameters())
+    between, look = peak_memory(step), peak_memory(step)
+    assert len(watch.history) == 2
+    assert between < 0.01 * size
+    assert copies * size <= look < (copies + 0.2) * size
+
+
+def test_a_step_inside_of_a_trainer_is_watched_by_the_optimizer_s_hooks() -> None:
+    model, optimizer, x, y = with_gradient()
+    twin, its, _, _ = with_gradient()
+    seen, watching = gen.Watch(optimizer, model, F.mse_loss), contextlib.ExitStack()
+    optimizer.register_step_pre_hook(lambda *_: watching.enter_context(seen.step(x, y)))
+    optimizer.register_step_post_hook(lambda *_: watching.close())
+    optimizer.step()
+    with gen.Watch(its, twin, F.mse_loss).step(x, y):
+        its.step()
+    assert len(seen.history) == 1
+    assert_unchanged(snapshot(twin, its)[:2], snapshot(model, optimizer)[:2])
 
 
 def test_other_forms_of_a_batch_and_maximize() -> None:
