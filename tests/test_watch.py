@@ -58,7 +58,6 @@ OPTIMIZERS = {
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind) and kind is not torch.optim.Optimizer and issubclass(kind, torch.optim.Optimizer)
 }
-OF_MATRICES = {"Muon": {"lr": 0.02}}  # the others of its model's weights need another optimizer
 
 
 def made(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:

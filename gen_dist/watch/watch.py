@@ -1,8 +1,6 @@
 """Watches a training whose rate something else sets: is it too low, or too high?
 
-Around a step of the script's own optimizer, the weights are copied before and after. Their difference `u` is the step
-that was made, whatever made it, and the line is `phi(t) = L(theta - t u)`: `t = 1` is the step. It is measured from the
-weights before the step, and those after it come back bit for bit.
+The line is that of a step which the script's own optimizer has made, `phi(t) = L(theta - t u)`: `t = 1` is the step.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -32,11 +29,11 @@ from gen_dist.line import (
     measure,
 )
 from gen_dist.parabola import Parabola
-from gen_dist.parallel import Layout, local
+from gen_dist.parallel import Layout
 from gen_dist.policy import State, why_no_minimum
-from gen_dist.restore import contents_kept, restored_on_exit, restoring
-from gen_dist.torch_private import foreach_copy_, foreach_sub_
+from gen_dist.restore import restored_on_exit
 from gen_dist.watch.companion import Seen
+from gen_dist.watch.made_step import WeightsBefore, any_not_zero
 from gen_dist.watch.self_check import SelfCheck
 from gen_dist.watch.watched import Watched, watched
 
@@ -57,6 +54,7 @@ class Watch:
     Your optimizer and your schedule stay in charge: training is bitwise what it is without. The optimizer may be any,
     also one that `as_gen_optimizer` refuses, and model and ranks any that `GenScheduler` knows.
 
+    >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> weight, x, y = torch.nn.init.ones_(model.weight), torch.ones(1, 1), torch.full((1, 1), 3.0)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -158,19 +156,19 @@ class Watch:
     def _around(self, data: Slice) -> Iterator[None]:
         self._entered = True
         due = self.steps + 1 >= self._due
-        before = _WeightsBefore(self._groups()) if due else None
+        before = WeightsBefore(self._groups()) if due else None
         yield
         self.steps += 1
         if before is not None:
             self._look(data, before)
 
     @restored_on_exit
-    def _look(self, data: Slice, before: _WeightsBefore) -> None:
+    def _look(self, data: Slice, before: WeightsBefore) -> None:
         """Measure along the step that was made, if it moved anything. Collective; decides from numbers over ranks."""
         self.layout.reshard()  # the root of an FSDP model would show its gathered weights
         with before.in_place() as updates:
             line = Line(self.layout, Direction([GroupDirection(0, 1.0, [*updates], [*updates.values()])]), data)
-            if not self.ranks.any(_is_any_not_zero([*updates.values()])).item():
+            if not self.ranks.any(any_not_zero([*updates.values()])).item():
                 self._note_idle()
                 return
             parabola, reason = self._measured(line)
@@ -230,37 +228,6 @@ class Watch:
 
     def __repr__(self) -> str:
         return f"Watch(every={self.every}, curvature={self.curvature!r}, steps={self.steps}, last={self.last!r})"
-
-
-class _WeightsBefore:
-    """The weights before a step, this rank's parts of them, and the rate that the step will be made with."""
-
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self.lr = max((float(group.get("lr", 1.0)) for group in groups), default=0.0)
-        trained = [p for group in groups for p in group["params"] if p.requires_grad]
-        self.parts = {p: local(p).detach().clone() for p in trained}
-        self.with_gradient = {p for p in trained if p.grad is not None}
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[dict[Tensor, Tensor]]:
-        """Put them back for the block, and yield the step that was made, by parameter. To be used once.
-
-        Parameters without a gradient before and after the step are no part of it.
-        """
-        moving = {p: part for p, part in self.parts.items() if p in self.with_gradient or p.grad is not None}
-        weights, parts = [local(p) for p in moving], [*moving.values()]
-        with restoring(torch.clear_autocast_cache), contents_kept(weights) as after:
-            if weights:
-                with torch.no_grad():
-                    foreach_copy_(weights, parts)
-                    foreach_sub_(parts, after)  # the copies become the step
-            torch.clear_autocast_cache()  # it would keep casts of the weights after the step
-            yield moving
-
-
-def _is_any_not_zero(tensors: Sequence[Tensor]) -> Tensor:
-    flags = [tensor.any() for tensor in tensors] or [torch.tensor(False)]
-    return torch.stack([flag.to(flags[-1].device) for flag in flags]).any()
 
 
 def _check_arguments(optimizers: list[Any], model: Any, criterion: Any, every: Any) -> None:
