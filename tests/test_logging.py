@@ -82,6 +82,20 @@ def test_a_file_and_its_picture(tmp_path: Path) -> None:
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_a_schedule_of_your_own_is_logged_and_drawn(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = training()
+    exec(compile(RECIPES["A schedule of your own"], "A schedule of your own", "exec"), names)
+    (seen,) = names["watch"].history
+    events = EventAccumulator(str(tmp_path / "runs" / "watch"))
+    events.Reload()
+    shown = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert shown == {f"watch/{name}": [(1, pytest.approx(n, rel=1e-6))] for name, n in seen.numbers().items()}
+    assert (tmp_path / "watch.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("recipe", ["Weights & Biases", "MLflow"])
 def test_other_recipes_are_the_same_loop(recipe: str) -> None:
     """Their packages need a service, so only their loop is compared with that of the recipe that runs above."""

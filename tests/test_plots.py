@@ -61,6 +61,21 @@ def test_lines_against_their_parabolas() -> None:
     assert 1.4 <= top < 2.0, "an infinite loss must not stretch the picture"
 
 
+def test_what_was_watched() -> None:
+    history = [gen.Watched(i, 0.1 / i, 0.2 * i, 0.4 * i, 1.0, 1.0, 1.0) for i in (1, 2, 3)]
+    history[1] = history[1]._replace(minimum=None, edge=None, reason="curvature not positive")
+    (axes,) = drawn(gen.plots.watch_figure(history)).axes
+    assert labels(axes) == ["learning rate", "minimum along the step", "edge of stability"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "learning rate", "log")
+    rate, minimum, *_ = (line.get_ydata() for line in axes.lines)
+    assert list(rate) == [0.1 / i for i in (1, 2, 3)]  # type: ignore[arg-type]
+    assert list(minimum) == pytest.approx([0.2, math.nan, 0.6], nan_ok=True)  # type: ignore[arg-type]
+    two = drawn(gen.plots.watch_figure({"low": history, "high": [each._asdict() for each in history]}))
+    assert [axes.get_title(loc="left") for axes in two.axes] == ["low", "high"]
+    with pytest.raises(ValueError, match="no run to draw"):
+        gen.plots.watch_figure({})
+
+
 def test_records_of_every_kind(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with_line = [RECORDS[0] | {"line": LINE._replace(losses=[1.0, 0.8, 0.9, 1.4, None])._asdict()}, *RECORDS[1:]]
@@ -87,7 +102,12 @@ def test_a_run_that_went_wrong_is_drawn_all_the_same(records: list[dict[str, Any
 
 
 def test_nothing_to_draw_is_told() -> None:
-    for function in (gen.plots.training_figure, gen.plots.loss_figure, gen.plots.rate_figure):
+    for function in (
+        gen.plots.training_figure,
+        gen.plots.loss_figure,
+        gen.plots.rate_figure,
+        gen.plots.watch_figure,
+    ):
         with pytest.raises(ValueError, match="no records to draw"):
             function([])
     with pytest.raises(ValueError, match="no line to draw"):

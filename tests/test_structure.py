@@ -29,14 +29,14 @@ FLOORS: dict[str, set[str]] = {
     "direction": {"torch_private", "restore", "parallel"},
     "line": {*GROUND, "restore", "forward_state", "jets", "parallel", "direction"},
     "averaging": {"torch_private", "restore", "parallel", "direction"},
-    "watch": {*GROUND, "policy", "parallel", "direction", "line"},
+    "watch": {*GROUND, "restore", "policy", "parallel", "direction", "line"},
     "rates": {"policy", "parallel", "direction", "line"},
     "update": {"parabola", "policy"},
 }
 FLOORS["scheduler"] = {"averaging", "direction", "line", "parallel", "policy", "rates", "restore", "update", "watch"}
 FLOORS["recipes"] = {"averaging", "direction", "line", "policy", "scheduler", "watch"}
 FLOORS["curves"] = {*GROUND, "direction", "line", "parallel", "restore"}
-FLOORS["plots"] = {"update"}
+FLOORS["plots"] = {"update", "watch"}
 FLOORS["suggest"] = {*GROUND, "direction", "forward_state", "line", "parallel", "plots", "policy", "restore"}
 FLOORS["integrations"] = {"direction", "recipes", "scheduler"}
 FLOORS["preflight"] = {""}

@@ -8,7 +8,7 @@ from gen_dist.direction.optimizer import (
     direction_without_trace,
     make_gen_optimizer,
 )
-from gen_dist.direction.rates import rate_ratios, set_rate
+from gen_dist.direction.rates import loss_sign, rate_ratios, set_rate
 
 __all__ = [
     "MOMENTUM_CAN_BE_TAKEN",
@@ -18,6 +18,7 @@ __all__ = [
     "as_gen_optimizer",
     "direction_without_trace",
     "give_momentum_back",
+    "loss_sign",
     "make_gen_optimizer",
     "rate_ratios",
     "set_rate",

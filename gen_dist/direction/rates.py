@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["rate_ratios", "set_rate"]
+__all__ = ["loss_sign", "rate_ratios", "set_rate"]
 
 
 def rate_ratios(optimizer: Optimizer) -> list[float]:
@@ -24,3 +25,11 @@ def set_rate(group: dict[str, Any], rate: Any) -> None:
         present.copy_(rate) if isinstance(rate, Tensor) else present.fill_(rate)
     else:
         group["lr"] = rate
+
+
+def loss_sign(groups: Sequence[dict[str, Any]]) -> float:
+    """-1 for groups that maximize the loss: they minimize the negative one. Raises `ValueError` for a mixture."""
+    maximizing = {bool(group.get("maximize")) for group in groups}
+    if len(maximizing) > 1:
+        raise ValueError("some parameter groups have maximize=True and others not: use an optimizer for each")
+    return -1.0 if maximizing == {True} else 1.0

@@ -1,4 +1,4 @@
-"""Companions of an update, which watch what it measures and does; and whether the ranks still hold the same."""
+"""Companions of an update, whether the ranks still hold the same, and `Watch`, for rates that something else sets."""
 
 from gen_dist.watch.calls import Calls
 from gen_dist.watch.companion import Companion, Companions, Seen
@@ -7,6 +7,8 @@ from gen_dist.watch.gradient_noise import GradientNoise
 from gen_dist.watch.idle import Idle
 from gen_dist.watch.self_check import SelfCheck
 from gen_dist.watch.verification import Verification
+from gen_dist.watch.watch import Watch
+from gen_dist.watch.watched import Watched
 
 __all__ = [
     "Calls",
@@ -17,5 +19,7 @@ __all__ = [
     "Seen",
     "SelfCheck",
     "Verification",
+    "Watch",
+    "Watched",
     "check_in_sync",
 ]

@@ -9,6 +9,8 @@ needs beyond what was held before it.
     python tests/benchmarks/update_cost.py [--models mlp cnn cnn-bn gpt] [--rounds 15] [--methods exact plain ...]
     python tests/benchmarks/update_cost.py --profile     # where the time of an update goes, by part and by operator
 
+A round of "watch, every 50" must be so long: give it --repeats 50.
+
 Other packages take part where they are installed (pip install "gen_dist[benchmarks]"); see peers.py.
 """
 
@@ -91,6 +93,21 @@ def training(
     return iteration
 
 
+def watched(name: str, every: int) -> Iteration:
+    """An iteration of AdamW whose steps `Watch` looks at."""
+    model, criterion, x, y = problem(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    watch = gen.Watch(optimizer, model, criterion, every=every)
+
+    def iteration() -> None:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        with watch.step(x, y):
+            optimizer.step()
+
+    return iteration
+
+
 def scheduled(name: str, estimator: str, update_every: int = 1) -> Iteration:
     return training(*problem(name), ESTIMATORS[estimator] | {"update_every": update_every})
 
@@ -109,6 +126,8 @@ METHODS: dict[str, Callable[[str], Iteration]] = {
     "gauss-newton": lambda name: scheduled(name, "gauss-newton"),
     "exact": lambda name: scheduled(name, "exact"),
     "exact, every 8": lambda name: scheduled(name, "exact", 8),
+    "watch": lambda name: watched(name, 1),
+    "watch, every 50": lambda name: watched(name, 50),
     **{peer: lambda name, peer=peer: peers.iteration(peer, *problem(name)) for peer in peers.PEERS},  # type: ignore[misc]
 }
 MODELS = ["mlp", "cnn", "cnn-bn", "gpt"]
