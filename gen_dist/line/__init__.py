@@ -3,7 +3,7 @@
 from gen_dist.line.by_backward import Ordinary, by_backward
 from gen_dist.line.by_jets import exact, gauss_newton
 from gen_dist.line.by_probes import one_probe, two_probes
-from gen_dist.line.data import BatchLoss, Criterion, MicroBatch, Slice, as_slice, check_losses, one_batch
+from gen_dist.line.data import BatchLoss, Criterion, MicroBatch, Slice, as_slice, batches_of, check_losses
 from gen_dist.line.estimators import Estimator, NeedsForward, estimator
 from gen_dist.line.line import Line, Walk
 from gen_dist.line.measurement import (
@@ -29,6 +29,7 @@ __all__ = [
     "Slice",
     "Walk",
     "as_slice",
+    "batches_of",
     "by_backward",
     "check_alike",
     "check_losses",
@@ -37,7 +38,6 @@ __all__ = [
     "gauss_newton",
     "measure",
     "measure_groups",
-    "one_batch",
     "one_probe",
     "raise_together",
     "two_probes",

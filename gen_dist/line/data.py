@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["BatchLoss", "Criterion", "MicroBatch", "Slice", "as_slice", "check_losses", "one_batch"]
+__all__ = ["BatchLoss", "Criterion", "MicroBatch", "Slice", "as_slice", "batches_of", "check_losses"]
 
 Criterion: TypeAlias = Callable[..., Tensor]
 """`criterion(model(x), y)` is the loss."""
@@ -109,10 +109,7 @@ def as_slice(
     weight = _checked_weight(weight)
     if weight == 0 and x is None and closure is None and batches is None:
         return Slice([], weight, loss, sign)
-    if batches is None or x is not None or closure is not None:
-        batches = [one_batch(x, y, closure, batches, call=call)]
-    elif not batches:
-        raise ValueError(f"{call}batches=[]): at least one batch is needed")
+    batches = batches_of(x, y, closure, batches, call)
     _check_bound([batch for batch in batches if callable(batch)], call)
     if loss is not None:
         loss = sign * loss.detach()
@@ -121,14 +118,14 @@ def as_slice(
     )
 
 
-def one_batch(
+def batches_of(
     x: Any = None,
     y: Any = None,
     closure: Callable[[], Tensor] | None = None,
     batches: Sequence[Any] | None = None,
     call: str = "scheduler.step(",
-) -> Any:
-    """The batch of a call with one of them: the pair `(x, y)`, the batch itself where there is no `y`, or a closure."""
+) -> Sequence[Any]:
+    """The batches of a call: the pair `(x, y)`, `x` itself where there is no `y`, a closure, or a list of such."""
     given = [name for name, value in (("x", x), ("closure", closure), ("batches", batches)) if value is not None]
     if len(given) != 1:
         trainers = "" if given or "scheduler" not in call else TRAINERS
@@ -136,9 +133,11 @@ def one_batch(
             f"{call.partition('(')[0]} got {' and '.join(given) or 'no batch'}; type one of {call}x, y), {call}batch), "
             f"{call}closure=fn), {call}batches=[(x, y), ...]){trainers}"
         )
-    if closure is not None:
-        return closure
-    return x if y is None else (x, y)
+    if batches is None:
+        return [closure if closure is not None else x if y is None else (x, y)]
+    if not batches:
+        raise ValueError(f"{call}batches=[]): at least one batch is needed")
+    return batches
 
 
 def check_losses(criterion: Any, compute_loss: Any) -> None:
