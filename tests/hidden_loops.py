@@ -232,3 +232,30 @@ def fit_with_skorch(make: Any, callbacks: list[Any]) -> None:
         verbose=0,
     )
     net.fit(TensorDataset(x, y), None)
+
+
+# ------------------------------------------------------------------------------------------------- fastai
+
+
+def fastai_by_its_criterion() -> Reports:
+    from functools import partial
+
+    from fastai.callback.progress import ProgressCallback
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.learner import Learner, Recorder
+    from fastai.optimizer import OptimWrapper
+    from torch.utils.data import TensorDataset
+
+    x, y = (torch.cat(part) for part in zip(*data(STEPS, batch=4), strict=True))
+    loaders = DataLoaders(
+        DataLoader(TensorDataset(x, y), bs=4, num_workers=0), DataLoader(TensorDataset(x, y), bs=4, num_workers=0)
+    )
+    make = partial(OptimWrapper, opt=partial(gen.make_gen_optimizer, torch.optim.AdamW))
+    learner = Learner(loaders, new_model(), criterion, opt_func=make, lr=ADAMW["lr"], wd=ADAMW["weight_decay"])
+    learner.create_opt()
+    scheduler = Recorded(learner.opt.opt, learner.model)
+    learner.loss_func = gen.RateAtStep(scheduler).collect_from(criterion)
+    learner.remove_cbs([ProgressCallback, Recorder])  # which keeps losses in float32
+    learner.fit(1)
+    return scheduler.seen

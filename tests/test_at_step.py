@@ -55,6 +55,11 @@ def test_skorch_whose_closure_makes_the_gradients(loop: Callable[..., Reports]) 
     assert loop() == plain()
 
 
+@needs("fastai")
+def test_fastai_which_clears_gradients_in_place() -> None:
+    assert loops.fastai_by_its_criterion() == plain()
+
+
 @needs("timm")
 def test_autocast_is_entered_again() -> None:
     assert loops.timm_by_its_criterion(bfloat16=True) == plain(bfloat16=True)
