@@ -88,6 +88,8 @@ class RateAtStep:
         if self._scheduler is not None:
             self._hook.remove()
             self._scheduler.optimizer.before_zero_grad = None
+        if self._passes is not None:
+            self._passes.sees = False
 
     # ------------------------------------------------------------------------------------------------ batches
 
@@ -193,7 +195,8 @@ class RateAtStep:
             self._scheduler.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_hook"}
+        kept = {name: value for name, value in vars(self).items() if name != "_hook"}
+        return {**kept, "_passes": None}  # a criterion goes on with the one that it was made for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy: PyTorch leaves hooks out of the copy of an optimizer."""

@@ -137,6 +137,57 @@ def test_a_step_that_the_scaler_leaves_out_takes_its_batches_away(order: str, ac
     assert scheduler.told == expected
 
 
+def test_a_loss_that_is_scaled_in_place() -> None:
+    """As `loss /= accum_iter` does in the loop of masked autoencoders."""
+    training = Training(accumulate=2)
+    collected = gen.RateAtStep(training.scheduler).collect_from(criterion)
+    for group in training.groups:
+        training.optimizer.zero_grad()
+        for x, y in group:
+            loss = collected(training.model(x), y)
+            loss /= 2
+            loss.backward()
+        training.optimizer.step()
+    assert training.scheduler.seen == plain(accumulate=2)
+
+
+def test_a_loss_that_is_never_trained_on_does_not_count() -> None:
+    """A batch that the loop leaves out, as one whose loss is not finite."""
+    training = Training()
+    collected = gen.RateAtStep(training.scheduler).collect_from(criterion)
+    for x, y in training.batches:
+        collected(training.model(y), x)
+        training.optimizer.zero_grad()
+        collected(training.model(x), y).backward()
+        training.optimizer.step()
+    assert training.scheduler.seen == plain()
+
+
+def test_detached_the_criterion_collects_no_more() -> None:
+    training = Training()
+    rate = gen.RateAtStep(training.scheduler)
+    collected = rate.collect_from(criterion)
+    rate.detach()
+    x, y = training.batches[0]
+    collected(training.model(x), y).backward()
+    training.optimizer.step()
+    assert rate.batches == training.scheduler.seen == []
+
+
+def test_a_copy_goes_on_with_a_criterion_of_its_own() -> None:
+    training = Training()
+    rate = gen.RateAtStep(training.scheduler)
+    rate.collect_from(criterion)
+    twin = copy.deepcopy(rate)
+    collected = twin.collect_from(criterion)
+    for x, y in training.batches:
+        twin.scheduler.optimizer.zero_grad()
+        collected(twin.scheduler.model(x), y).backward()
+        twin.scheduler.optimizer.step()
+    assert twin.scheduler.seen == plain()  # type: ignore[attr-defined]
+    assert rate.batches == training.scheduler.seen == []
+
+
 def test_two_outputs_and_a_part_of_an_output() -> None:
     """As in contrastive losses: the criterion gets parts of two outputs of the model."""
 

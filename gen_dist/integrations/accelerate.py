@@ -18,8 +18,6 @@ With a criterion, `AutoGen(optimizer.optimizer, model, criterion)`, that is `sch
 
 from __future__ import annotations
 
-from typing import Any
-
 from gen_dist.at_step import RateAtStep
 from gen_dist.scheduler import GenScheduler
 
@@ -50,6 +48,4 @@ class AcceleratedGen(RateAtStep):
         super().__init__(scheduler)
         accelerator.register_for_checkpointing(self)
 
-    def step(self, x: Any = None, y: Any = None, **given: Any) -> None:
-        """Add a micro-batch: `step(x, y)`, `step(batch)`, or `closure=`, as for the scheduler; see `collect`."""
-        self.collect(x, y, **given)
+    step = RateAtStep.collect  # `step(x, y)`, `step(batch)` or `step(closure=fn)`

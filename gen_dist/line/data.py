@@ -20,7 +20,7 @@ BatchLoss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 TRAINERS = (
     ". A trainer that steps schedulers itself needs its integration: gen_dist.integrations.transformers.GenTrainer, "
-    "lightning.GenCallback, accelerate.AcceleratedGen or torchtitan.GenMixin"
+    "lightning.GenCallback, accelerate.AcceleratedGen or torchtitan.GenMixin; for others see gen_dist.RateAtStep"
 )
 
 
