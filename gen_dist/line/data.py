@@ -109,6 +109,8 @@ def as_slice(
     weight = _checked_weight(weight)
     if weight == 0 and x is None and closure is None and batches is None:
         return Slice([], weight, loss, sign)
+    if isinstance(x, Tensor) and y is None and compute_loss is None:
+        raise ValueError(f"{call}x) without a target: type {call}x, y) or {call}closure=fn)")
     batches = batches_of(x, y, closure, batches, call)
     _check_bound([batch for batch in batches if callable(batch)], call)
     if loss is not None:
@@ -175,8 +177,6 @@ def _as_micro_batch(
             )
         return MicroBatch(model, closure=partial(_loss_of_model, model, batch), sign=sign)
     x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    if y is None and isinstance(x, Tensor):
-        raise ValueError(f"{call}x) without a target: type {call}x, y) or {call}closure=fn)")
     if y is None:
         raise TypeError(
             "a batch is a pair (x, y), a dict whose loss is model(**batch).loss, or a closure that returns the loss, "
