@@ -23,6 +23,7 @@ What to use:
     ExactGen, ApproxGen          the method of the paper as it stands; GenScheduler has all options
     Auto, Raw, Averaging         the rules behind them, and how AutoGen averages weights
     Verification, GradientNoise  companions, which watch the updates; derive your own from Companion
+    RateAtStep                   for trainers that hide optimizer.step(): ignite, timm, skorch and others
     make_gen_optimizer           makes an optimizer for them; as_gen_optimizer converts an existing one
     give_momentum_back           returns to an optimizer the momentum that AutoGen's averages have taken over
     Watch                        leaves your optimizer and your schedule as they are, and tells how your rate stands
@@ -39,6 +40,7 @@ Method: Bu & Xu, "Automatic gradient descent with generalized Newton's method", 
 """
 
 from gen_dist import plots
+from gen_dist.at_step import RateAtStep
 from gen_dist.averaging import Averaging
 from gen_dist.curves import (
     loss_per_learning_rate,
@@ -66,6 +68,7 @@ __all__ = [
     "GenOptimizer",
     "GenScheduler",
     "GradientNoise",
+    "RateAtStep",
     "Raw",
     "SelfCheck",
     "Suggestion",

@@ -7,9 +7,10 @@ a direction, converted by `as_gen_optimizer` or not. If it holds a direction, af
 `scheduler.step(...)`, they use that one. Otherwise they use the direction of a step with the present gradients,
 averaged over plain replicas.
 
-They take the loss as `GenScheduler.step` does: `criterion(model(x), y)`, or `closure=`, a function that returns this
-rank's loss, or `batches=`, a list of pairs and closures, whose losses are averaged. `weight=` is this rank's share
-where slices are unequal.
+They take the loss as `GenScheduler.step` does: `criterion(model(x), y)`, or of a dict `x` and no criterion
+`model(**x).loss`, or with `compute_loss=` `compute_loss(model, x)`; or `closure=`, a function that returns this rank's
+loss; or `batches=`, a list of batches and closures, whose losses are averaged. `weight=` is this rank's share where
+slices are unequal.
 
 >>> import gen_dist as gen
 >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -33,7 +34,18 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gen_dist.direction import Direction, GenOptimizer, direction_without_trace
-from gen_dist.line import Criterion, Line, Method, Slice, as_slice, check_alike, estimator, measure, walk_over_ranks
+from gen_dist.line import (
+    BatchLoss,
+    Criterion,
+    Line,
+    Method,
+    Slice,
+    as_slice,
+    check_alike,
+    estimator,
+    measure,
+    walk_over_ranks,
+)
 from gen_dist.parallel import Layout, Ranks
 from gen_dist.restore import gradients_kept, restored_on_exit
 
@@ -59,13 +71,14 @@ def second_order_approximation_coeffs(
     batches: Sequence[Any] | None = None,
     weight: float = 1.0,
     process_group: ProcessGroup | None = None,
+    compute_loss: BatchLoss | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(phi(0), phi'(0), phi''(0) / 2)` of `phi(a) = L(theta - a d)`, exact: `phi' = -g.d` and `phi'' = d'Hd`.
 
     Scalars, float64, on the CPU, the same on every rank. `loss` replaces `phi(0)` where it is already known.
     """
     call = "second_order_approximation_coeffs(model, criterion, optimizer, "
-    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
+    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call, compute_loss=compute_loss)
     line, ranks = _line(model, optimizer, data, process_group)
     method = Method(estimator("exact"), 0.0, False, f"{len(data.micro_batches)} batch(es)")
     parabola = measure(line, ranks, method, finite=True, companions={}).parabola
@@ -88,6 +101,7 @@ def second_order_approximation(
     batches: Sequence[Any] | None = None,
     weight: float = 1.0,
     process_group: ProcessGroup | None = None,
+    compute_loss: BatchLoss | None = None,
 ) -> NDArray[np.float64]:
     """The parabola `phi(0) + phi'(0) a + phi''(0)/2 a^2` at each learning rate `a`, as an array of their shape."""
     rates = _rates(learning_rates)
@@ -102,6 +116,7 @@ def second_order_approximation(
         batches=batches,
         weight=weight,
         process_group=process_group,
+        compute_loss=compute_loss,
     )
     c0, c1, c2 = map(float, coefficients)
     return c0 + c1 * rates + c2 * rates**2
@@ -120,6 +135,7 @@ def loss_per_learning_rate(
     batches: Sequence[Any] | None = None,
     weight: float = 1.0,
     process_group: ProcessGroup | None = None,
+    compute_loss: BatchLoss | None = None,
     progress: bool | None = None,
 ) -> NDArray[np.float64]:
     """`phi(a) = L(theta - a d)` itself at each learning rate, one forward pass a point, as an array of their shape.
@@ -129,7 +145,7 @@ def loss_per_learning_rate(
     """
     rates = _rates(learning_rates)
     call = "loss_per_learning_rate(model, criterion, optimizer, "
-    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
+    data = as_slice(model, criterion, x, y, closure, batches, weight, call=call, compute_loss=compute_loss)
     line, ranks = _line(model, optimizer, data, process_group)
     points = rates.ravel().tolist()
     check_alike(f"learning_rates={points}", ranks)

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from gen_dist.averaging import Averaging
 from gen_dist.direction import MOMENTUM_CAN_BE_TAKEN, GenOptimizer
-from gen_dist.line import Criterion
+from gen_dist.line import BatchLoss, Criterion
 from gen_dist.policy import Auto
 from gen_dist.scheduler import GenScheduler
 from gen_dist.watch import Companion
@@ -33,9 +33,17 @@ class ExactGen(GenScheduler):
         *,
         update_every: int = 1,
         process_group: ProcessGroup | None = None,
+        compute_loss: BatchLoss | None = None,
     ) -> None:
         super().__init__(
-            optimizer, model, criterion, lr_min, lr_max, update_every=update_every, process_group=process_group
+            optimizer,
+            model,
+            criterion,
+            lr_min,
+            lr_max,
+            update_every=update_every,
+            process_group=process_group,
+            compute_loss=compute_loss,
         )
 
 
@@ -53,6 +61,7 @@ class ApproxGen(GenScheduler):
         probes: int = 2,
         update_every: int = 1,
         process_group: ProcessGroup | None = None,
+        compute_loss: BatchLoss | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -64,6 +73,7 @@ class ApproxGen(GenScheduler):
             probes=probes,
             update_every=update_every,
             process_group=process_group,
+            compute_loss=compute_loss,
         )
 
 
@@ -108,6 +118,7 @@ class AutoGen(GenScheduler):
         group_rates: bool | str = False,
         companions: Sequence[Companion] = (),
         process_group: ProcessGroup | None = None,
+        compute_loss: BatchLoss | None = None,
     ) -> None:
         if rule is not None and total_steps is not None:
             raise ValueError("give total_steps to the rule: AutoGen(..., rule=Auto(total_steps=...))")
@@ -131,4 +142,5 @@ class AutoGen(GenScheduler):
             group_rates=group_rates,
             companions=companions,
             process_group=process_group,
+            compute_loss=compute_loss,
         )

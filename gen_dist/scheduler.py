@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist.averaging import AveragedWeights, Averaging
 from gen_dist.direction import Direction, GenOptimizer, loss_sign, set_rate
-from gen_dist.line import Criterion, Estimator, Line, Measured, Method, NeedsForward, Slice, as_slice, estimator
+from gen_dist.line import (
+    BatchLoss,
+    Criterion,
+    Estimator,
+    Line,
+    Measured,
+    Method,
+    NeedsForward,
+    Slice,
+    as_slice,
+    check_losses,
+    estimator,
+)
 from gen_dist.parallel import Layout
 from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_dict, update
 from gen_dist.rates import CommonRate, GroupRates
@@ -42,7 +55,9 @@ class GenScheduler(LRScheduler):
         optimizer: made by `make_gen_optimizer` or `as_gen_optimizer`. Its present learning rate stays until the first
             update succeeds, and the ratios between its groups stay for good.
         model: the model that you train, as you call it: plain, in DDP, or after `fully_shard`.
-        criterion: `criterion(model(x), y)` is the loss; not needed if you give closures to `step`.
+        criterion: `criterion(model(x), y)` is the loss; not needed for closures, and for batches that are dicts, whose
+            loss the model returns: `model(**batch).loss`.
+        compute_loss: instead, `compute_loss(model, batch)` is the loss of any batch that `step` gets.
         lr_min, lr_max: the clamp.
         curvature: `'exact'`, `'gauss-newton'`, `'forward'`, or `'auto'`: exact until an operator or the self-check
             stands against it on any rank, from then on `'forward'` on all, said once in the log.
@@ -77,13 +92,15 @@ class GenScheduler(LRScheduler):
         group_rates: bool | str = False,
         companions: Sequence[Companion] = (),
         process_group: ProcessGroup | None = None,
+        compute_loss: BatchLoss | None = None,
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
         # would patch the optimizer and take a first step.
-        _check_arguments(optimizer, model, criterion, update_every, average, group_rates)
+        _check_arguments(optimizer, model, update_every, average, group_rates)
+        check_losses(criterion, compute_loss)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
-        self.criterion = criterion
+        self.criterion, self.compute_loss = criterion, compute_loss
         self.lr_min, self.lr_max = float(lr_min), float(lr_max)
         self._clamp().check()
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
@@ -120,9 +137,10 @@ class GenScheduler(LRScheduler):
         """Set the learning rate for the present gradients; call it between `backward()` and `optimizer.step()`.
 
         Args:
-            x, y: this rank's slice: `criterion(model(x), y)` is its loss.
+            x, y: this rank's slice: `criterion(model(x), y)` is its loss. Or `step(batch)`: a pair, a dict, whose loss
+                is `model(**batch).loss`, or whatever `compute_loss(model, batch)` takes.
             closure: instead, a function that returns this rank's scalar loss, calling the model as it likes.
-            batches: instead, a list of `(x, y)` or closures, whose losses are averaged (gradient accumulation).
+            batches: instead, a list of batches or closures, whose losses are averaged (gradient accumulation).
             weight: this rank's share where slices are unequal, such as its number of samples or tokens. On plain
                 replicas the gradients are averaged with it too; in DDP and FSDP scale the loss that you call
                 backward on by `weight * ranks / total weight`. A rank that has run out of data calls
@@ -137,7 +155,8 @@ class GenScheduler(LRScheduler):
         with the error raises at once, while the others wait for it up to the process group's timeout: let the error
         end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing.
         """
-        data = as_slice(self.model, self.criterion, x, y, closure, batches, weight, loss, sign=self._sign())
+        slice_of = partial(as_slice, self.model, self.criterion, sign=self._sign(), compute_loss=self.compute_loss)
+        data = slice_of(x, y, closure, batches, weight, loss)
         due = self._begin(data)
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -159,7 +178,7 @@ class GenScheduler(LRScheduler):
         if data.has_closures and not self.estimator.takes_closures:
             raise ValueError(
                 f"curvature={self.curvature!r} needs model and criterion apart: type scheduler.step(x, y), or use "
-                "curvature='exact' with closures"
+                "curvature='exact' with closures, dicts and compute_loss"
             )
         if not self._wrapper_sought:
             self._seek_wrapper()
@@ -387,9 +406,7 @@ class GenScheduler(LRScheduler):
         )
 
 
-def _check_arguments(
-    optimizer: Any, model: Any, criterion: Any, update_every: Any, average: Any, group_rates: Any
-) -> None:
+def _check_arguments(optimizer: Any, model: Any, update_every: Any, average: Any, group_rates: Any) -> None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
         raise TypeError(f"{type(optimizer).__name__} wraps an optimizer: pass optimizer.optimizer")
     if not isinstance(optimizer, GenOptimizer):
@@ -404,8 +421,6 @@ def _check_arguments(
         raise TypeError("the optimizer has complex parameters, along which no curvature is defined: keep them real")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if criterion is not None and not callable(criterion):
-        raise TypeError(f"criterion must be callable as criterion(model(x), y), got {criterion!r}")
     if not (isinstance(update_every, int) and update_every >= 1):
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")
     if not isinstance(average, bool | Averaging):

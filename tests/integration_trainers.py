@@ -143,6 +143,38 @@ def launched() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- Accelerate
 
 
+def accelerate_by_hand(setting: Setting) -> Rates:
+    """Accumulation without `accelerator.accumulate`, and batches that are dicts, as for models of transformers."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    from gen_dist.integrations.accelerate import AcceleratedGen
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of(setting.bfloat16)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": criterion(self.inner(x), labels)}
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator, model = Accelerator(cpu=True), Model()
+    optimizer: Any = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **ADAMW)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(setting))
+    scheduler = AcceleratedGen(accelerator, Recorded(optimizer.optimizer, model))
+    for count, (x, y) in enumerate(batches, start=1):
+        batch = {"x": x, "labels": y}
+        accelerator.backward(model(**batch)["loss"] / setting.accumulate)
+        scheduler.step(batch)
+        if count % setting.accumulate == 0:
+            accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    return scheduler.scheduler.rates  # type: ignore[attr-defined]
+
+
 def accelerate(setting: Setting) -> Rates:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState

@@ -62,6 +62,13 @@ def test_rates_are_those_of_the_plain_loop(pool: Pools, name: str, ranks: int, a
         assert rates == pytest.approx(trainers.plain(), rel=1e-10)
 
 
+@needs("accelerate")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerate_with_accumulation_by_hand(pool: Pools, ranks: int) -> None:
+    for rates in on_ranks(pool, ranks, "accelerate_by_hand", Setting(2)):
+        assert rates == pytest.approx(trainers.plain(), rel=1e-10)
+
+
 @pytest.mark.parametrize("name", IN_BFLOAT16)
 def test_bfloat16(name: str) -> None:
     assert train(name, Setting(bfloat16=True)) == pytest.approx(trainers.plain(bfloat16=True), rel=1e-6)

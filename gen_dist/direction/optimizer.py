@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -29,6 +29,9 @@ __all__ = ["GenOptimizer", "as_gen_optimizer", "direction_without_trace", "make_
 HELD = "held_direction"  # its key in a state dict
 FEW = 4  # parameters of each group whose gradients are compared
 
+Versions: TypeAlias = Sequence[tuple[ReferenceType[Tensor], int]]
+"""Gradients, and how often each was written to."""
+
 
 class GenOptimizer(Optimizer):
     """Mixin over an optimizer class: splits its step into finding a direction and moving along it.
@@ -39,7 +42,9 @@ class GenOptimizer(Optimizer):
     base_class: type[Optimizer]
     steps = 0  # how often `step()` was called
     _direction: Direction | None = None
-    _used: Sequence[tuple[ReferenceType[Tensor], int]] = ()  # gradients that a step has used, and their versions
+    _used: Versions = ()  # gradients that a step has used
+    _noted: Versions = ()  # gradients when it was last asked whether they grew
+    before_zero_grad: Callable[[], None] | None = None  # called with the gradients still there
     _checked = False  # whether its groups have been tried, so that one that comes later is tried, too
 
     def compute_param_updates(self) -> None:
@@ -86,20 +91,29 @@ class GenOptimizer(Optimizer):
 
     def _note_step(self) -> None:
         self.steps += 1
-        gradients = [p.grad for p in self._first_parameters() if p.grad is not None]
-        self._used = [(ref(gradient), version_of(gradient)) for gradient in gradients]
+        self._used = self._noted = self._versions()
 
-    def _first_parameters(self) -> list[Tensor]:
-        """A few parameters, whose gradients stand for all."""
-        return [p for group in self.param_groups for p in group["params"][:FEW]]
+    def _versions(self) -> Versions:
+        """Those of a few parameters, whose gradients stand for all."""
+        parameters = [p for group in self.param_groups for p in group["params"][:FEW]]
+        return [(ref(p.grad), version_of(p.grad)) for p in parameters if p.grad is not None]
 
     def has_used_gradients(self) -> bool:
         """Whether the present gradients are those of the last step, untouched since."""
-        gradients = [p.grad for p in self._first_parameters() if p.grad is not None]
-        if not gradients or len(gradients) != len(self._used):
-            return False
-        pairs = zip(gradients, self._used, strict=True)
-        return all(used() is gradient and version == version_of(gradient) for gradient, (used, version) in pairs)
+        present = self._versions()
+        return bool(present) and len(present) == len(self._used) and not _are_new(present, self._used)
+
+    def gradients_grew(self) -> bool:
+        """Whether a backward pass has added to the gradients since this was last asked, a step, or `zero_grad()`."""
+        before, self._noted = self._noted, self._versions()
+        return _are_new(self._noted, before)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients, as the base class does."""
+        if self.before_zero_grad is not None:
+            self.before_zero_grad()
+        super().zero_grad(*args, **kwargs)
+        self._noted = self._versions()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as the base class does. Raises `TypeError` if with its settings there is no direction."""
@@ -216,6 +230,12 @@ def direction_without_trace(optimizer: Optimizer) -> Direction:
         if not isinstance(optimizer, GenOptimizer):
             _check_has_direction(optimizer)
         return find_direction(optimizer)
+
+
+def _are_new(present: Versions, before: Versions) -> bool:
+    """Whether a gradient is not among those before, or was written to since."""
+    known = {id(gradient()): version for gradient, version in before}  # a dead one is None, which no gradient is
+    return any(known.get(id(gradient())) != version for gradient, version in present)
 
 
 def _check_is_optimizer(optimizer: Any) -> None:

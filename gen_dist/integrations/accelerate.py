@@ -2,26 +2,23 @@
 
 optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-scheduler = AcceleratedGen(accelerator, gen.AutoGen(optimizer.optimizer, model, criterion))
+scheduler = AcceleratedGen(accelerator, gen.AutoGen(optimizer.optimizer, model))
 
-for x, y in loader:
+for batch in loader:
     with accelerator.accumulate(model):
-        accelerator.backward(criterion(model(x), y))
+        accelerator.backward(model(**batch).loss)
         if accelerator.sync_gradients:
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        scheduler.step(x, y)
+        scheduler.step(batch)
         optimizer.step()
         optimizer.zero_grad()
+
+With a criterion, `AutoGen(optimizer.optimizer, model, criterion)`, that is `scheduler.step(x, y)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
-
-from gen_dist.integrations.at_step import RateAtStep
+from gen_dist.at_step import RateAtStep
 from gen_dist.scheduler import GenScheduler
 
 try:
@@ -36,7 +33,8 @@ class AcceleratedGen(RateAtStep):
     """A `GenScheduler` for the loop of an `Accelerator`: accumulation, clipping, mixed precision and checkpoints.
 
     Call `step` for every micro-batch, anywhere before `optimizer.step()`; the rate is set there, once for all
-    micro-batches of an accumulation. `accelerator.save_state` and `load_state` include it. Do not `prepare` it.
+    micro-batches of an accumulation, by `accelerator.accumulate` or by hand. `accelerator.save_state` and `load_state`
+    include it. Do not `prepare` it.
 
     Args:
         accelerator: the one that prepared model and optimizer.
@@ -44,15 +42,10 @@ class AcceleratedGen(RateAtStep):
             one.
     """
 
+    call = "scheduler.step("
+
     def __init__(self, accelerator: Accelerator, scheduler: GenScheduler) -> None:
         super().__init__(scheduler)
-        self.accelerator = accelerator
-        self._complete = False  # whether the batches that are kept are those of a whole accumulation
         accelerator.register_for_checkpointing(self)
 
-    def step(self, x: Any = None, y: Any = None, *, closure: Callable[[], Tensor] | None = None) -> None:
-        """Add a micro-batch: its loss is `criterion(model(x), y)`, or what the closure returns."""
-        if self._complete:  # batches that are left here are those of a step that a gradient scaler left out
-            self.batches.clear()
-        self._complete = self.accelerator.sync_gradients
-        self.batches.append(closure if closure is not None else (x, y))
+    step = RateAtStep.collect  # `step(x, y)`, `step(batch)` or `step(closure=fn)`

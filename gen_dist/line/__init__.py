@@ -3,7 +3,7 @@
 from gen_dist.line.by_backward import Ordinary, by_backward
 from gen_dist.line.by_jets import exact, gauss_newton
 from gen_dist.line.by_probes import one_probe, two_probes
-from gen_dist.line.data import Criterion, MicroBatch, Slice, as_slice
+from gen_dist.line.data import BatchLoss, Criterion, MicroBatch, Slice, as_slice, batches_of, check_losses
 from gen_dist.line.estimators import Estimator, NeedsForward, estimator
 from gen_dist.line.line import Line, Walk
 from gen_dist.line.measurement import (
@@ -17,6 +17,7 @@ from gen_dist.line.measurement import (
 )
 
 __all__ = [
+    "BatchLoss",
     "Criterion",
     "Estimator",
     "Line",
@@ -28,8 +29,10 @@ __all__ = [
     "Slice",
     "Walk",
     "as_slice",
+    "batches_of",
     "by_backward",
     "check_alike",
+    "check_losses",
     "estimator",
     "exact",
     "gauss_newton",

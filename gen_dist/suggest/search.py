@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.optim import SGD, Optimizer
 from gen_dist.direction import Direction, direction_without_trace
 from gen_dist.forward_state import forward_state_kept
 from gen_dist.line import (
+    BatchLoss,
     Criterion,
     Line,
     Method,
@@ -77,6 +79,7 @@ def suggest_lr(
     lr_max: float = math.inf,
     curvature: str = "auto",
     process_group: ProcessGroup | None = None,
+    compute_loss: BatchLoss | None = None,
 ) -> Suggestion:
     """Suggest a learning rate for the optimizer, before training. Nothing is changed by it, bit for bit.
 
@@ -84,14 +87,16 @@ def suggest_lr(
         model: as you train it: plain, in DDP, or after `fully_shard`.
         optimizer: any whose step is the learning rate times a direction; `as_gen_optimizer` is not needed. For SGD
             with momentum, whose steps add up, the direction is that after many steps along this gradient.
-        criterion, x, y: `criterion(model(x), y)` is the loss on this rank's slice.
+        criterion, x, y: `criterion(model(x), y)` is the loss on this rank's slice; of a dict `x` and no criterion it is
+            `model(**x).loss`.
         closure: instead, a function that returns this rank's loss and does not call `backward()`.
-        batches: instead, a list of `(x, y)` or closures, whose losses are averaged.
-        held_out: other data to measure the loss on, `(x, y)`, a closure, or a list of such. Worth it.
+        batches: instead, a list of batches or closures, whose losses are averaged.
+        held_out: other data to measure the loss on: a batch, a closure, or a list of such. Worth it.
         weight: this rank's share, where slices are unequal.
         lr_min, lr_max: the clamp.
         curvature: `'exact'`, `'forward'`, or `'auto'`: exact where the model's operators allow it, else forward.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
+        compute_loss: in the place of the criterion: `compute_loss(model, batch)` is the loss of a batch of any kind.
 
     Costs one training step and 60 to 70 forward passes. Every rank calls it. Raises `ValueError` or `TypeError` on a
     wrong call, or where no parameter has a gradient.
@@ -106,9 +111,13 @@ def suggest_lr(
     clamp = Clamp(lr_min, lr_max)
     _check_arguments(optimizer, weight, clamp, curvature)
     call = "suggest_lr(model, optimizer, criterion, "
-    own = as_slice(model, criterion, x, y, closure, batches, weight, call=call)
-    several = held_out if isinstance(held_out, list) else [held_out]
-    probed = own if held_out is None else as_slice(model, criterion, batches=several, weight=weight, call=call)
+    slice_of = partial(as_slice, model, criterion, weight=weight, call=call, compute_loss=compute_loss)
+    own = slice_of(x, y, closure, batches)
+    is_batch = not isinstance(held_out, list) or any(
+        isinstance(each, Tensor) for each in held_out
+    )  # [x, y], as loaders
+    several = [held_out] if is_batch else held_out
+    probed = own if held_out is None else slice_of(batches=several)
     layout = Layout(model)
     ranks = layout.ranks(process_group)
     settings = f"{lr_min=}, {lr_max=}, {curvature=}, {len(own.micro_batches)} batch(es), "

@@ -52,11 +52,12 @@ class Calls:
             self._say(said)
 
     def check_repeated(self, repeated: bool) -> None:
-        """Check that the losses of several closures differ."""
+        """Check that the losses of several closures, or of batches with their own loss, differ."""
         if repeated:
             self._say(
-                "the closures given to scheduler.step returned bitwise equal losses: a closure that a loop makes sees "
-                "the last batch of the loop. Bind the batch: lambda x=x, y=y: criterion(model(x), y)"
+                "the micro-batches given to scheduler.step have bitwise equal losses: a closure that a loop makes sees "
+                "the last batch of the loop. Give the batches themselves, scheduler.step(batches=[batch1, batch2]), or "
+                "bind them: lambda x=x, y=y: criterion(model(x), y)"
             )
 
     def check_since_last(self) -> None:
