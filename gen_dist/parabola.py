@@ -9,10 +9,9 @@ The letters are those of the paper (Bu & Xu, ICLR 2025, arXiv 2407.02772). For t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["GroupParabola", "Parabola"]
+__all__ = ["Parabola"]
 
 
 class Parabola(NamedTuple):
@@ -56,50 +55,3 @@ class Parabola(NamedTuple):
         -0.5
         """
         return -self.numerator * rate + self.denominator * rate * rate / 2
-
-
-class GroupParabola(NamedTuple):
-    """The loss to second order in K rates, one for each parameter group: `L - b.eta + eta'A eta / 2`.
-
-    Attributes:
-        loss: `L`, the mean over the ranks.
-        numerators: `b_k = g.d_k`.
-        denominators: `A_ij = d_i'H d_j`; 0 off the diagonal where only the diagonal was measured.
-        rounding: a denominator this close to zero is rounding.
-        gradient_numerators: `b` again, from the gradients.
-        weight_norms, direction_norms: of each group; 0 where not measured.
-        gradients_finite: whether all gradients of all ranks are finite.
-    """
-
-    loss: float
-    numerators: list[float]
-    denominators: list[list[float]]
-    rounding: float
-    gradient_numerators: list[float]
-    weight_norms: list[float]
-    direction_norms: list[float]
-    gradients_finite: bool
-
-    def along(self, ratios: Sequence[float]) -> Parabola:
-        """The parabola on which the groups' rates keep these ratios.
-
-        >>> plane = GroupParabola(1.0, [2.0, 1.0], [[4.0, 1.0], [1.0, 2.0]], 0.0, [2.0, 1.0], [1, 1], [1, 1], True)
-        >>> plane.along([1.0, 0.5])[:3]
-        (1.0, 2.5, 5.5)
-        """
-        rows = [_dot(row, ratios) for row in self.denominators]
-        steps = [ratio * norm for ratio, norm in zip(ratios, self.direction_norms, strict=True)]
-        return Parabola(
-            self.loss,
-            _dot(self.numerators, ratios),
-            _dot(rows, ratios),
-            rounding=self.rounding * _dot(ratios, ratios),
-            gradient_numerator=_dot(self.gradient_numerators, ratios),
-            gradients_finite=self.gradients_finite,
-            weight_norm=math.hypot(*self.weight_norms),
-            direction_norm=math.hypot(*steps),
-        )
-
-
-def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))

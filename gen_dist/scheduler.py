@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gen_dist.averaging import AveragedWeights, Averaging
-from gen_dist.direction import Direction, GenOptimizer, loss_sign, set_rate
+from gen_dist.direction import Direction, GenOptimizer, loss_sign, rate_ratios, set_rate
 from gen_dist.line import (
     BatchLoss,
     Criterion,
@@ -28,10 +27,10 @@ from gen_dist.line import (
     as_slice,
     check_losses,
     estimator,
+    measure,
 )
 from gen_dist.parallel import Layout
 from gen_dist.policy import Clamp, Raw, Rule, State, state_from_dict, state_to_dict, update
-from gen_dist.rates import CommonRate, GroupRates
 from gen_dist.restore import restored_on_exit
 from gen_dist.update import Update, report
 from gen_dist.watch import Calls, Companion, Companions, Idle, Seen, SelfCheck, check_in_sync
@@ -67,8 +66,6 @@ class GenScheduler(LRScheduler):
         rule: from measurements to rates; by default `Raw()`, the ratio, clamped.
         average: keep averaged weights for `averaged()`, and let the weights follow them at the end of each
             `optimizer.step()`; `Averaging(power, momentum)` says how.
-        group_rates: a rate for each parameter group. The ratios between groups come from curvature too, all K x K of
-            it (`True`), or that of each group alone (`'diagonal'`, and always with `'forward'`).
         companions: what watches the updates: `Verification(every)`, `GradientNoise()`, or a `Companion` of your own.
             Every scheduler has a `SelfCheck()`; `SelfCheck(None)` turns it off.
         process_group: the ranks that train together; by default those of the DDP wrapper, or all.
@@ -89,14 +86,13 @@ class GenScheduler(LRScheduler):
         update_every: int = 1,
         rule: Rule | None = None,
         average: bool | Averaging = False,
-        group_rates: bool | str = False,
         companions: Sequence[Companion] = (),
         process_group: ProcessGroup | None = None,
         compute_loss: BatchLoss | None = None,
     ) -> None:
         # As in torch's ReduceLROnPlateau, whose step takes an argument too, LRScheduler.__init__ is not called: it
         # would patch the optimizer and take a first step.
-        _check_arguments(optimizer, model, update_every, average, group_rates)
+        _check_arguments(optimizer, model, update_every, average)
         check_losses(criterion, compute_loss)
         self.optimizer: GenOptimizer = optimizer
         self.model = model
@@ -105,7 +101,6 @@ class GenScheduler(LRScheduler):
         self._clamp().check()
         self.curvature, self.probes, self.update_every = curvature, probes, update_every
         self.rule: Rule = rule if rule is not None else Raw()
-        self.group_rates = group_rates
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
         self_check = [] if any(isinstance(each, SelfCheck) for each in companions) else [SelfCheck()]
@@ -226,8 +221,8 @@ class GenScheduler(LRScheduler):
     def _update(self, line: Line, finite: bool) -> tuple[State, Update]:
         """Measure, decide, and let the companions look: the state of the next rate, and the report. Collective."""
         try:
-            measured, state = self._measure(line, finite)
-            state = update(self.rule, state, measured.parabola, self._clamp())
+            measured = self._measure(line, finite)
+            state = update(self.rule, self.state, measured.parabola, self._clamp())
             return self._look(line, measured, state)
         except NeedsForward as error:
             failed, reason = self.estimator, error
@@ -243,26 +238,23 @@ class GenScheduler(LRScheduler):
 
     def _measure_by(self, estimator: Estimator) -> None:
         self.estimator = estimator
-        full = self.group_rates is True and not estimator.differences
-        self._rates = GroupRates(self.rule.smoothing, full) if self.group_rates else CommonRate()
         for companion in self.companions:
-            companion.check(self.optimizer, self.layout, estimator, bool(self.group_rates))
+            companion.check(self.optimizer, self.layout, estimator)
 
-    def _measure(self, line: Line, finite: bool) -> tuple[Measured, State]:
-        """Measure the line; the state comes back with the groups' ratios. Collective."""
+    def _measure(self, line: Line, finite: bool) -> Measured:
+        """Measure the line. Collective."""
         numbers = self.companions.numbers(self.optimizer, line.direction)
         settings = f"{self._settings()}, {len(line.data.micro_batches)} micro-batch(es)"
         method = Method(self.estimator, self._probe(), self.rule.needs_norms, settings)
-        measured, state = self._rates.measure(line, self.ranks, method, finite, numbers, self.state)
+        measured = measure(line, self.ranks, method, finite, numbers)
         self._calls.check_repeated(measured.repeated)
         if not measured.parabola.gradients_finite:  # on another rank
             self._skip_step()
-        return measured, state
+        return measured
 
     def _look(self, line: Line, measured: Measured, state: State) -> tuple[State, Update]:
         """Let the companions look, which may change the state; return the last state and the report. Collective."""
         factor = self.rule.factor(state.step)
-        line = replace(line, direction=line.direction.with_ratios(self._rates.ratios(self.optimizer, state)))
         before = self.state._replace(rate=self._clamp().of(self.state.rate))
         seen = Seen(line, self.ranks, measured, factor, before, self._probe())
         state, found = self.companions.look(seen, state)
@@ -271,8 +263,7 @@ class GenScheduler(LRScheduler):
 
     def _set_rates(self) -> list[float]:
         rate = self.state.rate * self.rule.factor(self.state.step)
-        least = self.lr_min if self.group_rates else 0.0
-        rates = [max(rate * ratio, least) for ratio in self._rates.ratios(self.optimizer, self.state)]
+        rates = [rate * ratio for ratio in rate_ratios(self.optimizer)]
         for group, own in zip(self.optimizer.param_groups, rates, strict=True):
             set_rate(group, own)
         return rates
@@ -282,7 +273,6 @@ class GenScheduler(LRScheduler):
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
-        self.state = self._rates.adopt(self.optimizer, self.state)
 
     def _sign(self) -> float:
         return loss_sign(self.optimizer.param_groups)
@@ -298,7 +288,7 @@ class GenScheduler(LRScheduler):
         return (
             f"lr_min={self.lr_min}, lr_max={self.lr_max}, curvature={self.curvature!r}, probes={self.probes}, "
             f"measured_by={self.estimator.name!r}, update_every={self.update_every}, rule={self.rule}, "
-            f"average={averaging}, group_rates={self.group_rates!r}, companions={self.companions}"
+            f"average={averaging}, companions={self.companions}"
         )
 
     # -------------------------------------------------------------------------- averaged weights, ranks in sync
@@ -406,7 +396,7 @@ class GenScheduler(LRScheduler):
         )
 
 
-def _check_arguments(optimizer: Any, model: Any, update_every: Any, average: Any, group_rates: Any) -> None:
+def _check_arguments(optimizer: Any, model: Any, update_every: Any, average: Any) -> None:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # which may pass for the optimizer it wraps
         raise TypeError(f"{type(optimizer).__name__} wraps an optimizer: pass optimizer.optimizer")
     if not isinstance(optimizer, GenOptimizer):
@@ -425,5 +415,3 @@ def _check_arguments(optimizer: Any, model: Any, update_every: Any, average: Any
         raise ValueError(f"update_every must be a whole number of steps, 1 or more, got {update_every!r}")
     if not isinstance(average, bool | Averaging):
         raise TypeError(f"average must be True, False or gen_dist.Averaging(...), got {average!r}")
-    if group_rates not in (False, True, "diagonal"):
-        raise ValueError(f"group_rates must be True, False or 'diagonal', got {group_rates!r}")

@@ -95,18 +95,6 @@ def test_an_operator_without_a_rule_makes_it_forward(probes: int, said: Callable
         train(scheduled(Cubes(), "exact"))
 
 
-@pytest.mark.parametrize("group_rates", [True, "diagonal"])
-def test_group_rates_go_on(group_rates: bool | str) -> None:
-    rates = {}
-    for curvature in ("auto", "forward"):
-        model = Cubes()
-        groups = [{"params": each.parameters()} for each in (model.inside, model.outside)]
-        optimizer = gen.make_gen_optimizer(torch.optim.SGD, groups, lr=1e-3)
-        scheduler = gen.GenScheduler(optimizer, model, F.mse_loss, curvature=curvature, group_rates=group_rates)
-        rates[curvature] = train(scheduler)
-    assert rates["auto"] == rates["forward"]
-
-
 def test_an_error_of_the_model_is_raised_and_decides_nothing() -> None:
     model = Cubes(custom=False)
     auto = scheduled(model)

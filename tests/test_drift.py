@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gen_dist as gen
-from gen_dist.policy.state import GroupMemory
 from gen_dist.watch import drift
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -182,8 +181,6 @@ def differing(training: Training, what: str) -> None:
         scheduler.base_lrs[0] += here
     elif what == "the companions' state":
         next(c for c in scheduler.companions if isinstance(c, gen.Verification)).updates += here
-    elif what == "ratios":
-        scheduler.state = state._replace(groups=GroupMemory([1.0, 0.5 + 0.1 * here], [0.0] * 2, [[0.0] * 2] * 2))
     else:
         scheduler.state = state._replace(**{what: getattr(state, what) + here})
 
@@ -195,7 +192,7 @@ def other_numbers(kind: str, what: str) -> str:
     return training.complaint()
 
 
-NUMBERS = ["the learning rate", "the base learning rates", "the companions' state", "rate", "probe", "step", "ratios"]
+NUMBERS = ["the learning rate", "the base learning rates", "the companions' state", "rate", "probe", "step"]
 
 
 @pytest.mark.parametrize("what", NUMBERS)

@@ -327,7 +327,6 @@ def settings_differ(name: str) -> str:
         "update_every": {"update_every": 1 + dist.get_rank()},
         "companions": {"companions": [gen.Verification(1 + dist.get_rank())]},
         "curvature": {"curvature": ["exact", "gauss-newton"][dist.get_rank()]},
-        "group_rates": {"group_rates": ["diagonal", True][dist.get_rank()]},
         "micro-batches": {},
     }[name]
     model = network()
@@ -343,7 +342,7 @@ def settings_differ(name: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("name", ["lr_max", "update_every", "curvature", "group_rates", "companions", "micro-batches"])
+@pytest.mark.parametrize("name", ["lr_max", "update_every", "curvature", "companions", "micro-batches"])
 def test_settings_that_differ_are_told_at_the_first_step(pool: Callable[[int], Pool], name: str) -> None:
     for said in pool(2).run(settings_differ, name):
         assert said.startswith("the ranks disagree on settings")
@@ -362,22 +361,20 @@ ON_RANKS = ["step", "step twice", "skip backward", "micro-batches", "closure"]
     st.lists(st.tuples(st.sampled_from(CALLS), floats, floats), min_size=1, max_size=6),
     st.sampled_from(["exact", "gauss-newton", "forward"]),
     st.booleans(),
-    st.sampled_from([False, True, "diagonal"]),
     st.integers(1, 3),
     st.sampled_from([1e-3, 1e-7, 0.9]),
 )
 def test_any_calls_with_any_numbers_keep_the_rate_in_its_clamp(
-    calls: list[tuple[str, float, float]], curvature: str, auto: bool, group_rates: bool | str, every: int, lr: float
+    calls: list[tuple[str, float, float]], curvature: str, auto: bool, every: int, lr: float
 ) -> None:
     """From starts outside the clamp, too."""
-    drive(calls, curvature, auto, group_rates, every, lr)
+    drive(calls, curvature, auto, every, lr)
 
 
 def drive(
     calls: list[tuple[str, float, float]],
     curvature: str,
     auto: bool,
-    group_rates: bool | str,
     every: int,
     lr: float = 1e-3,
 ) -> list[float]:
@@ -386,7 +383,7 @@ def drive(
     groups = [{"params": list(part.parameters())} for part in model]
     optimizer = gen.make_gen_optimizer(torch.optim.AdamW, groups[:1], lr=lr)
     make: Any = gen.AutoGen if auto else gen.GenScheduler
-    limits = {"lr_min": 1e-5, "lr_max": 0.5, "update_every": every, "group_rates": group_rates}
+    limits = {"lr_min": 1e-5, "lr_max": 0.5, "update_every": every}
     scheduler = make(optimizer, model, nn.functional.cross_entropy, curvature=curvature, **limits)
     x, y = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
     rates: list[float] = []
@@ -431,7 +428,7 @@ def many_drives() -> list[list[float]]:
     for _ in range(20):
         sequence = [(calls.choice(ON_RANKS), numbers.choice(special), numbers.choice(special)) for _ in range(4)]
         curvature, auto, every = calls.choice(["exact", "forward"]), calls.random() < 0.5, calls.choice([1, 2])
-        found.append(drive(sequence, curvature, auto, False, every))
+        found.append(drive(sequence, curvature, auto, every))
     return found
 
 

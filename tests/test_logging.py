@@ -109,7 +109,7 @@ def test_other_recipes_are_the_same_loop(recipe: str) -> None:
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    run("A file, and its picture", companions=[gen.Verification()], group_rates=True, curvature="forward")
+    run("A file, and its picture", companions=[gen.Verification()], curvature="forward")
     assert capfd.readouterr() == ("", "")
 
 

@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, Callable[..., gen.GenScheduler]] = {
     "exact": lambda *given: gen.ExactGen(*given, update_every=2),
     "approx": gen.ApproxGen,
     "auto": lambda *given: gen.AutoGen(*given, update_every=3),
-    "groups": lambda *given: gen.AutoGen(*given, update_every=3, group_rates=True, companions=[gen.Verification()]),
+    "verified": lambda *given: gen.AutoGen(*given, update_every=3, companions=[gen.Verification()]),
 }
 OPTIMIZERS = {
     "adamw": lambda groups: gen.make_gen_optimizer(torch.optim.AdamW, groups, lr=1e-3, weight_decay=0.1),
@@ -214,7 +214,7 @@ def saved_while_training(kind: str, name: str, how: str, folder: str) -> list[bo
     return [saved.result().is_end_of(expected), resumed.result().is_end_of(expected)]
 
 
-@pytest.mark.parametrize(("how", "name"), [("sync", "auto"), ("async", "groups")])
+@pytest.mark.parametrize(("how", "name"), [("sync", "auto"), ("async", "verified")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_of_an_application(
     pool: Callable[[int], Pool], tmp_path: Path, kind: str, how: str, name: str
@@ -375,8 +375,8 @@ def test_whole_averages_are_no_shards(pool: Callable[[int], Pool]) -> None:
 LEGS = [("fsdp2", 4), ("fsdp2", 2), ("fsdp2", 3), ("ddp", 2), ("replica", 3), ("alone", 1)]
 LONG, SHORT = [0, 8, 15, 21, 28, 34, STEPS], [0, 4, 7, 10, 13, 16, 18]
 # The raw rule multiplies rounding errors at every step, cut or not, and finite differences begin with larger ones.
-ENDS = {"exact": SHORT, "approx": SHORT, "auto": LONG, "groups": LONG}
-TOLERANCE = {"exact": 1e-10, "approx": 1e-8, "auto": 1e-10, "groups": 1e-10}
+ENDS = {"exact": SHORT, "approx": SHORT, "auto": LONG, "verified": LONG}
+TOLERANCE = {"exact": 1e-10, "approx": 1e-8, "auto": 1e-10, "verified": 1e-10}
 
 
 def leg(kind: str, name: str, folder: str, number: int) -> Result:

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from gen_dist.parabola import Parabola
 from gen_dist.policy import Auto, Clamp, Raw, State, state_from_dict, state_to_dict, update
 from gen_dist.policy.auto import AutoMemory
-from gen_dist.policy.groups import begin_groups
-from gen_dist.policy.state import GroupMemory
 
 NAN, INF = math.nan, math.inf
 
@@ -250,7 +248,7 @@ def test_a_known_horizon_ends_the_run() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"smoothing": 1.0}, {"slow": 0.5}, {"quick": 1.01}, {"edge": 5.0}, {"share": 0}, {"start": 0}, {"total_steps": 0}],
+    [{"slow": 0.5}, {"quick": 1.01}, {"edge": 5.0}, {"share": 0}, {"start": 0}, {"total_steps": 0}],
 )
 def test_auto_refuses_what_makes_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"need|must"):
@@ -293,7 +291,7 @@ def test_auto_measures_at_every_step_until_it_has_started() -> None:
 
 def test_a_state_survives_json_and_weights_only_loading() -> None:
     rule = Auto()
-    state = rule.decide(rule.begin(0.1), seen(1.0, 20.0), 1, FREE)._replace(groups=begin_groups([1.0, 0.5]))
+    state = rule.decide(rule.begin(0.1), seen(1.0, 20.0), 1, FREE)
     file = io.BytesIO()
     torch.save(state_to_dict(state), file)
     file.seek(0)
@@ -310,18 +308,19 @@ def test_a_state_of_the_first_version_loads() -> None:
         "probe": 0.125,
         "updates": 5,
         "shortened": 0.5,
-        "groups": ([1.0, 0.5], [2.0, 1.0], [[4.0, 1.0], [1.0, 2.0]]),
+        "groups": None,
         "last": (0.125, 3.0, 4.0, 2.0, "shortened", None, None, None, None),
     }
     memory = AutoMemory(started=True, age=16, settled=True)  # the rule was another one then
-    groups = GroupMemory([1.0, 0.5], [2.0, 1.0], [[4.0, 1.0], [1.0, 2.0]])
-    assert state_from_dict(saved, Auto().begin(1.0)) == State(0.125, "shortened", 0.125, 17, 16, memory, groups)
-    assert state_from_dict(saved, Raw().begin(1.0)) == State(0.125, "shortened", 0.125, 17, 16, None, groups)
+    assert state_from_dict(saved, Auto().begin(1.0)) == State(0.125, "shortened", 0.125, 17, 16, memory)
+    assert state_from_dict(saved, Raw().begin(1.0)) == State(0.125, "shortened", 0.125, 17, 16, None)
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
     saved = state_to_dict(Raw().begin(0.1))
     with pytest.raises(ValueError, match="another rule"):
         state_from_dict(saved, Auto().begin(0.1))
+    with pytest.raises(ValueError, match=r"group_rates.*no longer"):
+        state_from_dict(saved | {"groups": {"ratios": [1.0, 0.5]}}, Raw().begin(0.1))
     with pytest.raises(ValueError, match=r"version 99.*update gen_dist"):
         state_from_dict(saved | {"version": 99}, Raw().begin(0.1))

@@ -44,10 +44,6 @@ class Direction(list[GroupDirection]):
         """`(parameter, update)` of everything that moves."""
         return [pair for group in self for pair in zip(group.parameters, group.updates, strict=True)]
 
-    def with_ratios(self, ratios: list[float]) -> Direction:
-        """The same updates at other ratios, one for each of the optimizer's groups."""
-        return Direction(group._replace(ratio=ratios[group.group]) for group in self)
-
 
 def base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     """Run the step of the optimizer's own class, without its hooks: those are for the step that the user sees."""

@@ -11,7 +11,6 @@ from gen_dist.line.measurement import (
     Method,
     check_alike,
     measure,
-    measure_groups,
     raise_together,
     walk_over_ranks,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "exact",
     "gauss_newton",
     "measure",
-    "measure_groups",
     "one_probe",
     "raise_together",
     "two_probes",

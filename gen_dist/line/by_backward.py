@@ -78,7 +78,7 @@ def by_backward(line: Line, ranks: Ranks) -> Ordinary | None:
         for parameter, _ in line.direction.items():
             if parameter.grad is None:  # the loss does not depend on it
                 parameter.grad = torch.zeros_like(parameter)
-        products = inner_products(layout, line.direction, ranks.size, norms=False).sum(0)
+        products = inner_products(layout, line.direction, ranks.size, norms=False)
         compared = _compared(gradient, given, data.sign)
     here = {"drawn": float(drawn), "rounding": rounding}
     vectors = {"loss": loss * share, "products": products, "compared": compared}

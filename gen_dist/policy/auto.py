@@ -94,7 +94,6 @@ class Auto:
     share: float = 0.2
     creep: float = 0.5
     far: float = 4.0
-    smoothing: float = 0.8  # of the groups' ratios
     total_steps: int | None = None
 
     needs_norms = True
@@ -104,8 +103,6 @@ class Auto:
             raise ValueError(f"need start > 0, 1 <= slow <= quick and creep >= 0, got {self}")
         if not (0 < self.edge < self.far and self.share > 0):
             raise ValueError(f"need 0 < edge < far and share > 0, got {self}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"need 0 <= smoothing < 1, got {self.smoothing!r}")
         if self.total_steps is not None and not self.total_steps >= 1:
             raise ValueError(f"total_steps must be a number of steps, 1 or more, got {self.total_steps!r}")
 

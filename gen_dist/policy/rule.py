@@ -50,10 +50,6 @@ class Rule(Protocol):
     def needs_norms(self) -> bool:
         """Whether it reads `|theta|` and `|d|`, which cost a pass over the weights."""
 
-    @property
-    def smoothing(self) -> float:
-        """The weight of the past in averages of what was measured; 0 for none."""
-
     def begin(self, rate: float) -> State:
         """The state before the first update, at the rate that the optimizer has."""
 
@@ -104,7 +100,6 @@ class Raw:
     """
 
     needs_norms = False
-    smoothing = 0.0
 
     def begin(self, rate: float) -> State:
         return State(rate)

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["GroupMemory", "State", "state_from_dict", "state_to_dict"]
+__all__ = ["State", "state_from_dict", "state_to_dict"]
 
 VERSION = 3  # of a saved state; the first form had no number
 
 KEPT_SINCE_FIRST = ("started", "age", "settled", "from_zero")  # of what `Auto` remembers; it was another rule then
-
-
-class GroupMemory(NamedTuple):
-    """What group rates remember: each group's ratio, the largest 1, and averages of `g.d_k` and `d_i'H d_j`."""
-
-    ratios: list[float]
-    numerators: list[float]
-    denominators: list[list[float]]
 
 
 class State(NamedTuple):
@@ -32,7 +24,6 @@ class State(NamedTuple):
         step: how many steps there have been.
         updated: the number of the step that made the last update, counted from 1; 0 before the first.
         memory: what the rule remembers, a NamedTuple of its own; None where it remembers nothing.
-        groups: what rates for each group remember; None with one common rate.
     """
 
     rate: float
@@ -41,25 +32,26 @@ class State(NamedTuple):
     step: int = 0
     updated: int = 0
     memory: Any = None
-    groups: GroupMemory | None = None
 
 
 def state_to_dict(state: State) -> dict[str, Any]:
     """The fields of a state and a version number: plain numbers, text, dicts and lists."""
-    nested = {name: value and value._asdict() for name, value in (("memory", state.memory), ("groups", state.groups))}
-    return {"version": VERSION, **state._asdict(), **nested}
+    return {"version": VERSION, **state._asdict(), "memory": state.memory and state.memory._asdict()}
 
 
 def state_from_dict(saved: Mapping[str, Any], like: State) -> State:
     """The state that was saved; `like`, one of the same scheduler, tells what its rule remembers.
 
-    Reads states of all versions. Raises `ValueError` for one from a version that is not known yet, or of another rule.
+    Reads states of all versions. Raises `ValueError` for one from a version that is not known yet, of another rule, or
+    with rates of its own for each group, which left the library.
     """
     version = saved.get("version", 1)
     if version > VERSION:
         raise ValueError(f"the state has version {version}, this gen_dist knows up to {VERSION}: update gen_dist")
     fields = dict(_from_first_version(saved)) if version == 1 else {name: saved[name] for name in State._fields}
-    memory, groups = fields["memory"], fields["groups"]
+    if saved.get("groups") is not None:
+        raise ValueError("the state has a rate for each group (group_rates), which gen_dist no longer computes")
+    memory = fields["memory"]
     if version < 3 and memory is not None:
         memory = {name: value for name, value in memory.items() if name in KEPT_SINCE_FIRST}
         memory["settled"] = bool(memory["settled"])
@@ -70,7 +62,6 @@ def state_from_dict(saved: Mapping[str, Any], like: State) -> State:
         fields["memory"] = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in memory.items()})
     else:
         fields["memory"] = None
-    fields["groups"] = None if groups is None else GroupMemory(**groups)
     return State(**fields)
 
 
@@ -78,7 +69,7 @@ def _from_first_version(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields, out of a state of 0.1.0, which kept them as tuples under other names."""
     names = "rate numerator denominator settled started age reach first_loss promised promise".split()
     history = dict(zip(names, saved["history"], strict=True))
-    groups, last = saved["groups"], saved["last"]
+    last = saved["last"]
     return {
         "rate": history.pop("rate") * saved["shortened"],  # by a verification, which kept its factor apart
         "reason": last[4] if last else "",
@@ -86,5 +77,4 @@ def _from_first_version(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         "step": saved["last_epoch"],
         "updated": saved["updated_at"],
         "memory": history,
-        "groups": None if groups is None else dict(zip(GroupMemory._fields, groups, strict=True)),
     }

@@ -42,7 +42,7 @@ class Companion:
     numbers over all ranks.
     """
 
-    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator, group_rates: bool) -> None:
+    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator) -> None:
         """Raise `TypeError` or `ValueError` for a scheduler that this companion cannot serve."""
 
     def before_averaging(self, parameters: Sequence[Tensor]) -> None:

@@ -39,15 +39,13 @@ class GradientNoise(Companion):
     def __init__(self) -> None:
         self._own: dict[Tensor, Tensor] = {}  # this rank's gradients, from their averaging to the reduction
 
-    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator, group_rates: bool) -> None:
+    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator) -> None:
         known = isinstance(optimizer, (SGD, Adam, AdamW))
         if not known or any(group.get("amsgrad") for group in optimizer.param_groups):
             name = type(optimizer).__name__ + (" with amsgrad" if known else "")
             raise TypeError(
                 f"GradientNoise knows the directions of SGD, Adam and AdamW, not of {name}: leave the companion out"
             )
-        if group_rates:
-            raise ValueError("GradientNoise is for one common rate: leave it or group_rates out")
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         if len(layout.needs_averaging(weights)) < len(weights):
             raise ValueError(

@@ -55,7 +55,7 @@ class SelfCheck(Companion):
         self._warned: set[str] = set()
         self._estimator: Estimator | None = None
 
-    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator, group_rates: bool) -> None:
+    def check(self, optimizer: GenOptimizer, layout: Layout, estimator: Estimator) -> None:
         self._estimator = estimator
 
     def look(self, seen: Seen, state: State) -> tuple[State, Mapping[str, float]]:

@@ -212,7 +212,7 @@ class Watch:
     def _measure_by(self, estimator: Estimator) -> None:
         self.estimator = estimator
         optimizer = cast(GenOptimizer, self.optimizers[0])  # which the self-check does not look at
-        self._self_check.check(optimizer, self.layout, estimator, False)
+        self._self_check.check(optimizer, self.layout, estimator)
 
     def _note_idle(self) -> None:
         self._idle += 1

@@ -126,34 +126,20 @@ def textbook(task: Task, model: nn.Module, steps: int) -> Training:
 def autogen(
     horizon: bool = False,
     make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
-    groups: bool | str = False,
     **options: Any,
 ) -> Start:
     """AutoGen with other values of the rule, or other options of its own.
 
-    With `horizon` it knows the number of steps, `make` makes another optimizer than the task's, and with `groups` it
-    finds a rate for each group: matrices of the first and of the second half of the network, and vectors.
+    With `horizon` it knows the number of steps, and `make` makes another optimizer than the task's.
     """
     values = {name: options.pop(name) for name in list(options) if name in RULE}
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
-        if groups:
-            regroup(optimizer, model)
         rule = gen.Auto(**values, total_steps=steps if horizon else None)
-        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, rule=rule, group_rates=groups, **options))
+        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, rule=rule, **options))
 
     return start
-
-
-def regroup(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Give a new optimizer three groups in place of one."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    half = (len(matrices) + 1) // 2
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer.param_groups[0]["params"] = matrices[:half]
-    for parameters in (matrices[half:], vectors):
-        optimizer.add_param_group({"params": parameters})
 
 
 GRID = {
@@ -180,8 +166,6 @@ UNTUNED_METHODS: dict[str, Start] = {
     "textbook": textbook,
     "autogen": autogen(),
     "autogen-adamw": autogen(make=make_adamw),
-    "autogen-groups": autogen(groups=True),
-    "autogen-groups-diagonal": autogen(groups="diagonal"),
     "autogen-horizon": autogen(horizon=True),
     "autogen-optimizers-momentum": autogen(momentum="optimizer"),
     "autogen-both-momenta": autogen(average=gen.Averaging(momentum=0.9, power=1, rate_power=2)),
