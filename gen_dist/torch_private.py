@@ -231,6 +231,38 @@ decompositions = torch._decomp.decomposition_table
 without_torch_function = torch._C.DisableTorchFunction
 """Context manager: functions run as they are, unseen by function modes and subclasses."""
 
+_keys_outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+class _Outside:
+    """Context manager: operators are dispatched as outside of any operator, unseen by function modes.
+
+    Inside `__torch_dispatch__`, PyTorch leaves out autograd and the resolution of lazy conjugates.
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self._gradients = gradients
+
+    def __enter__(self) -> None:
+        self._function = torch._C.DisableTorchFunction()
+        self._function.__enter__()
+        self._dispatch = torch._C._ForceDispatchKeyGuard(*_keys_outside)
+        self._dispatch.__enter__()
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._gradients)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._before)
+        self._dispatch.__exit__(*exception)
+        self._function.__exit__(*exception)
+
+
+plain_autograd: Callable[[], Any] = functools.partial(_Outside, True)
+"""Context manager inside `__torch_dispatch__` in which autograd records operators on plain tensors."""
+
+plain_values: Callable[[], Any] = functools.partial(_Outside, False)
+"""The same without a graph."""
+
 active_dispatch_modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
 """The dispatch modes that are entered now."""
 
@@ -289,6 +321,12 @@ def arguments_by_name(operator: Operator, *args: Any, **kwargs: Any) -> dict[str
 def is_composite(operator: Operator) -> bool:
     """Whether PyTorch implements the operator by calling others, so that `operator.decompose` works."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def is_view(operator: Operator) -> bool:
+    """Whether the operator returns views of its first argument."""
+    result = schema_of(operator).returns
+    return bool(result) and result[0].alias_info is not None and not result[0].alias_info.is_write
 
 
 def base_of(tensor: Tensor) -> Tensor:

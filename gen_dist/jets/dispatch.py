@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
+from gen_dist.jets.general import jets_in
+from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
 from gen_dist.jets.registry import (
     CHOSEN,
     CONSTANT,
     FACTORIES,
     LINEAR,
+    OF_COMPLEX,
     RULES,
-    decomposition,
     functional_form,
     linear,
     view_of_derivative,
 )
-from gen_dist.torch_private import Operator, name_of, schema_of, without_torch_dispatch
+from gen_dist.jets.unwritten import through_unwritten
+from gen_dist.torch_private import Operator, is_view, name_of, schema_of, without_torch_dispatch
 
 __all__ = ["rule_for"]
 
@@ -41,22 +43,32 @@ def _choose(operator: Operator) -> Callable[..., Any]:
     if torch.Tag.inplace_view in operator.tags:
         return _in_place_view(operator)
     if name in RULES:
-        return _skipping_constants(operator, RULES[name])
+        return _skipping_constants(operator, _or_general(RULES[name], name in OF_COMPLEX))
     if name in CONSTANT:
         return lambda *args, **kwargs: operator(*values(args), **values(kwargs))
     if name in FACTORIES:
         return lambda *args, **kwargs: Jet(operator(*values(args), **values(kwargs)))
     if schema.is_mutable:
         return _in_place(operator)
+    if is_view(operator):
+        return _view(operator)
     if name in LINEAR:
-        if schema.returns[0].alias_info is not None:
-            return _view(operator)
-        return _skipping_constants(operator, linear(operator))
-    return _skipping_constants(operator, decomposition(operator) or _refuse)
+        return _skipping_constants(operator, _or_general(linear(operator), True))
+    return _skipping_constants(operator, through_unwritten)
 
 
-def _refuse(operator: Operator, *args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedOperation(operator)
+def _or_general(rule: Callable[..., Any], of_complex: bool) -> Callable[..., Any]:
+    """The operator rule, and the general one for arguments that it does not cover."""
+
+    def apply(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+        if of_complex or not any(jet.is_complex() for jet in jets_in((args, kwargs))):
+            try:
+                return rule(operator, *args, **kwargs)
+            except NotCovered:
+                pass
+        return through_unwritten(operator, *args, **kwargs)
+
+    return apply
 
 
 def _settled(argument: Any) -> Any:

@@ -41,10 +41,24 @@ class UnsupportedOperation(NotImplementedError):
         )
 
 
+class NotCovered(Exception):
+    """Raised by an operator rule for arguments that it does not cover: the general rule takes them."""
+
+
 @contextlib.contextmanager
 def velocity_only() -> Iterator[None]:
     """Context manager that cuts jets to first order: operator rules compute no accelerations."""
     token = _velocity_only.set(True)
+    try:
+        yield
+    finally:
+        _velocity_only.reset(token)
+
+
+@contextlib.contextmanager
+def with_acceleration() -> Iterator[None]:
+    """Context manager that undoes `velocity_only` inside."""
+    token = _velocity_only.set(False)
     try:
         yield
     finally:
@@ -246,6 +260,7 @@ def _write_through(
         return None
     after = torch.zeros_like(like) if before is None else torch.empty_like(like).copy_(before)
     part = view(after)
-    assert part.untyped_storage().data_ptr() == after.untyped_storage().data_ptr(), "the view made a copy"
+    if part.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
+        raise UnsupportedOperation("a write through a view that jets hold as a copy", "cannot be followed")
     part.copy_(torch.zeros((), dtype=like.dtype, device=like.device) if written is None else written)
     return after

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, note_cast
-from gen_dist.torch_private import Operator, decompositions, is_composite, name_of, overload_name_of
+from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, as_jet, derivatives, note_cast
+from gen_dist.torch_private import Operator, name_of, overload_name_of
 
 aten = torch.ops.aten
 
@@ -63,6 +63,13 @@ LINEAR = frozenset(
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle block_diag movedim".split()
 )
 
+# The operator rules that hold for complex numbers too, which is not so where a derivative conjugates.
+OF_COMPLEX = frozenset(
+    "add sub rsub mul div mm bmm dot mv vdot addmm baddbmm addmv addr addcmul addcdiv where masked_fill copy fill "
+    "native_dropout convolution slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put "
+    "masked_scatter index_add index_copy scatter scatter_add embedding".split()
+)
+
 
 def linear(operator: Operator) -> Callable[..., Any]:
     """Return the operator rule of an operator that is linear in its first argument: it maps each derivative."""
@@ -88,10 +95,10 @@ def linear(operator: Operator) -> Callable[..., Any]:
 
 
 def refuse_jets(operator: Operator, others: Iterable[Any]) -> None:
-    """Raise `UnsupportedOperation` if one of the arguments after the first is a jet."""
+    """Raise `NotCovered` if one of the arguments after the first is a jet."""
     for argument in others:
         if isinstance(argument, Jet):
-            raise UnsupportedOperation(operator, "has a moving argument besides its first one")
+            raise NotCovered(operator)
 
 
 def _part(x: Any, k: int) -> Any:
@@ -134,23 +141,3 @@ def functional_form(operator: Operator) -> Callable[..., Any] | None:
         return lambda x, *args, **kwargs: operator(x.value, *args, **kwargs)
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     return packet if packet is None else getattr(packet, overload_name_of(operator), packet)
-
-
-def decomposition(operator: Operator) -> Callable[..., Any] | None:
-    """Return PyTorch's reduction of the operator to simpler ones as an operator rule, or None if there is none."""
-    steps = decompositions.get(operator)
-    if steps is None and is_composite(operator):
-        steps = operator.decompose
-    if steps is None:
-        return None
-
-    def apply(_: Operator, *args: Any, **kwargs: Any) -> Any:
-        try:
-            result = steps(*args, **kwargs)
-        except UnsupportedOperation as error:  # it names a step, which the user does not know
-            raise UnsupportedOperation(operator) from error
-        if result is NotImplemented:
-            raise UnsupportedOperation(operator)
-        return result
-
-    return apply

@@ -1,0 +1,123 @@
+"""The general operator rule: an operator without a rule of its own is differentiated by autograd, alone.
+
+For a curve `x(a) = x + a x' + a^2/2 x''` and a cotangent `u`, autograd records the one operator and gives
+
+    v = d<u, f>/dx         y'  = d<v, x'>/du
+    w = d<v, x'>/dx        y'' = d(<w, x'> + <v, x''>)/du
+
+Backward formulas are linear in `u`, so its value does not matter. The result is what double backward of the whole
+program would see. `verification` holds it to differences before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, wants_acceleration
+from gen_dist.torch_private import plain_autograd
+
+__all__ = ["by_autograd", "jets_in", "with_jets_replaced"]
+
+
+def by_autograd(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what the function returns for jets, differentiated by autograd.
+
+    Results that autograd does not follow, such as indices, are plain tensors.
+
+    Raises:
+        UnsupportedOperation: the function has no derivative that can be differentiated again.
+    """
+    jets = list(jets_in((args, kwargs)))
+    with plain_autograd():
+        points = [jet.value.detach().requires_grad_() for jet in jets]
+        remaining = iter(points)
+        given = with_jets_replaced((args, kwargs), lambda _: next(remaining))
+        result = function(*given[0], **given[1])
+        outputs = [x for x in _tensors(result) if x.requires_grad]
+        try:
+            moved = _derivatives(outputs, points, jets)
+        except RuntimeError as error:  # PyTorch has no formula, or a formula that has none
+            why = f"has no derivative that autograd can differentiate again ({str(error).splitlines()[0]})"
+            raise UnsupportedOperation(function, why) from error
+    found = iter(zip(*moved, strict=True))
+    return _mapped(result, lambda x: as_jet(x.detach(), *next(found)) if x.requires_grad else x)
+
+
+Parts = list["Tensor | None"]
+
+
+def _derivatives(outputs: list[Tensor], points: list[Tensor], jets: list[Jet]) -> tuple[Parts, Parts]:
+    """Return the velocities and the accelerations of the outputs."""
+    none: Parts = [None] * len(outputs)
+    cotangents = [torch.zeros_like(y).requires_grad_() for y in outputs]
+    x1, x2 = [jet.velocity for jet in jets], [jet.acceleration for jet in jets]
+    v = _gradient(_inner(cotangents, outputs), points, create_graph=True)
+    slope = _inner(v, x1)
+    velocity = none if slope is None else _gradient(slope, cotangents)
+    if not wants_acceleration():
+        return _detached(velocity), none
+    w: Parts = [None] * len(points) if slope is None else _gradient(slope, points, create_graph=True)
+    bend = _inner([*w, *v], [*x1, *x2])
+    return _detached(velocity), _detached(none if bend is None else _gradient(bend, cotangents))
+
+
+def _gradient(y: Tensor | None, x: list[Tensor], create_graph: bool = False) -> Parts:
+    if y is None or not y.requires_grad:
+        return [None] * len(x)
+    return list(torch.autograd.grad(y, x, create_graph=create_graph, retain_graph=True, allow_unused=True))
+
+
+def _inner(a: Any, b: Any) -> Tensor | None:
+    """Return the sum of the inner products, that of complex numbers as of pairs of real ones."""
+    total: Tensor | None = None
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            product = (x.conj() * y).real if x.is_complex() else x * y
+            total = product.sum() if total is None else total + product.sum()
+    return total
+
+
+def _detached(parts: Parts) -> Parts:
+    return [None if part is None else part.detach() for part in parts]
+
+
+def jets_in(arguments: Any) -> Iterator[Jet]:
+    """Yield the jets among the arguments, inside lists, tuples and dicts too."""
+    if isinstance(arguments, Jet):
+        yield arguments
+    elif isinstance(arguments, (list, tuple)):
+        for x in arguments:
+            yield from jets_in(x)
+    elif isinstance(arguments, dict):
+        yield from jets_in(list(arguments.values()))
+
+
+def with_jets_replaced(arguments: Any, replaced: Callable[[Jet], Any]) -> Any:
+    """Return the arguments with `replaced(jet)` in place of each jet, in the order of `jets_in`."""
+    if isinstance(arguments, Jet):
+        return replaced(arguments)
+    if type(arguments) in (list, tuple):
+        return type(arguments)([with_jets_replaced(x, replaced) for x in arguments])
+    if type(arguments) is dict:
+        return {key: with_jets_replaced(x, replaced) for key, x in arguments.items()}
+    return arguments
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for x in result:
+            yield from _tensors(x)
+
+
+def _mapped(result: Any, f: Callable[[Tensor], Any]) -> Any:
+    if isinstance(result, Tensor):
+        return f(result)
+    if isinstance(result, (list, tuple)):
+        return tuple(_mapped(x, f) for x in result) if isinstance(result, tuple) else [_mapped(x, f) for x in result]
+    return result

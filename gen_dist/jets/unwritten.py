@@ -1,0 +1,63 @@
+"""Operators that nobody has written a rule for: three ways through them, of which two are held to differences first.
+
+An operator that PyTorch implements by calling others is run so, as autograd sees it too. Any other operator is
+differentiated by autograd, or runs by PyTorch's decomposition in Python where autograd cannot differentiate twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from gen_dist.jets.general import by_autograd, jets_in
+from gen_dist.jets.jet import UnsupportedOperation, values
+from gen_dist.jets.verification import kind_of_call, verified
+from gen_dist.torch_private import Operator, decompositions, is_composite
+
+__all__ = ["through_unwritten"]
+
+_ways: dict[Any, Callable[..., Any]] = {}  # what has been verified so far, by operator and kind of call
+
+
+def through_unwritten(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+    """Return what the operator does to jets, as an operator rule does.
+
+    Raises:
+        UnsupportedOperation: no way is known to be right. The message names this operator, not a step of it.
+    """
+    if any(jet.value.is_meta for jet in jets_in((args, kwargs))):  # the shape of a result is wanted
+        return operator(*values(args), **values(kwargs))
+    if is_composite(operator):
+        return _stepwise(operator, operator.decompose, *args, **kwargs)
+    key = operator, kind_of_call(args, kwargs)
+    if key in _ways:
+        return _ways[key](*args, **kwargs)
+    steps = decompositions.get(operator)
+    ways = [functools.partial(by_autograd, operator)]
+    if steps is not None:
+        ways.append(functools.partial(_stepwise, operator, steps))
+    refusal = UnsupportedOperation(operator)
+    for way in ways:
+        try:
+            result = way(*args, **kwargs)
+        except UnsupportedOperation as error:
+            refusal = error
+            continue
+        right = verified(operator, way, args, kwargs)
+        if right:
+            _ways[key] = way
+        if right is not False:
+            return result
+        refusal = UnsupportedOperation(operator, "has a second derivative that differences do not confirm")
+    raise refusal
+
+
+def _stepwise(operator: Operator, steps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        result = steps(*args, **kwargs)
+    except UnsupportedOperation as error:  # it names a step, which the user may not know
+        raise UnsupportedOperation(operator, f"calls what has no verified second derivative ({error.reason})") from error
+    if result is NotImplemented:
+        raise UnsupportedOperation(operator)
+    return result
