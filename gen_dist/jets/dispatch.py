@@ -102,6 +102,8 @@ def _view(operator: Operator) -> Callable[..., Any]:
     """A view of a jet: views of its value and of its derivatives, with a reference to their source."""
 
     alias = name_of(operator) == "alias"
+    if name_of(operator) == "_conj":  # inside `__torch_dispatch__`, no operator resolves a lazy conjugate
+        operator = torch.ops.aten.conj_physical.default
 
     def apply(source: Any, *args: Any, **kwargs: Any) -> Any:
         value = operator(source.value, *args, **kwargs)
@@ -130,6 +132,8 @@ def _in_place(operator: Operator) -> Callable[..., Any]:
         args = tuple(_settled(x) for x in args)
         kwargs = {key: _settled(x) for key, x in kwargs.items()}
         moves = any(map(_moves, args)) or any(map(_moves, kwargs.values()))
+        if isinstance(target, list):
+            return _each_in_place(operator, target, *args, **kwargs)
         if not isinstance(target, Jet):
             if moves:
                 why = "writes a value that depends on the parameters into a tensor made outside the model"
@@ -141,11 +145,25 @@ def _in_place(operator: Operator) -> Callable[..., Any]:
         if functional is None:
             raise UnsupportedOperation(operator)
         value, *moved = derivatives(functional(target, *args, **kwargs))
-        target.value.copy_(value)
-        target.write((shaped_like(target.value, moved[0]), shaped_like(target.value, moved[1])))
+        _overwrite(target, value, moved)
         return target
 
     return apply
+
+
+def _overwrite(target: Jet, value: Tensor, moved: list[Tensor | None]) -> None:
+    target.value.copy_(value)
+    target.write((shaped_like(target.value, moved[0]), shaped_like(target.value, moved[1])))
+
+
+def _each_in_place(operator: Operator, targets: list[Any], *args: Any, **kwargs: Any) -> None:
+    """A write into each tensor of a list, as `torch._foreach_add_` does."""
+    functional = functional_form(operator)
+    if functional is None or not all(isinstance(target, Jet) for target in targets):
+        raise UnsupportedOperation(operator)
+    for target, result in zip(targets, functional(targets, *args, **kwargs), strict=True):
+        value, *moved = derivatives(result)
+        _overwrite(target, value, moved)
 
 
 def _into_out(operator: Operator) -> Callable[..., Any]:

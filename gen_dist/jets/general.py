@@ -5,7 +5,8 @@ For a curve `x(a) = x + a x' + a^2/2 x''` and a cotangent `u`, autograd records 
     v = d<u, f>/dx         y'  = d<v, x'>/du
     w = d<v, x'>/dx        y'' = d(<w, x'> + <v, x''>)/du
 
-Backward formulas are linear in `u`, so its value does not matter. The result is what double backward of the whole
+Backward formulas are linear in `u`, so its value does not matter, but for the few that take its logarithm or ask
+whether it is zero. The result is what double backward of the whole
 program would see. `verification` holds it to differences before it is used.
 """
 
@@ -23,10 +24,11 @@ from gen_dist.torch_private import plain_autograd
 __all__ = ["by_autograd", "jets_in", "with_jets_replaced"]
 
 
-def by_autograd(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what the function returns for jets, differentiated by autograd.
+def by_autograd(function: Callable[..., Any], cotangent: float, *args: Any, **kwargs: Any) -> Any:
+    """Return what the function returns for jets, differentiated by autograd. All elements of `u` are `cotangent`.
 
-    Results that autograd does not follow, such as indices, are plain tensors.
+    Results that autograd does not follow, such as indices, are plain tensors; numbers among them raise an error where
+    they are used.
 
     Raises:
         UnsupportedOperation: the function has no derivative that can be differentiated again.
@@ -38,22 +40,33 @@ def by_autograd(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = with_jets_replaced((args, kwargs), lambda _: next(remaining))
         result = function(*given[0], **given[1])
         outputs = [x for x in _tensors(result) if x.requires_grad]
+        if any(x.layout is not torch.strided for x in outputs):
+            raise UnsupportedOperation(function, "makes a sparse tensor of values that move")
         try:
-            moved = _derivatives(outputs, points, jets)
+            moved = _derivatives(outputs, cotangent, points, jets)
         except RuntimeError as error:  # PyTorch has no formula, or a formula that has none
             why = f"has no derivative that autograd can differentiate again ({str(error).splitlines()[0]})"
             raise UnsupportedOperation(function, why) from error
     found = iter(zip(*moved, strict=True))
-    return _mapped(result, lambda x: as_jet(x.detach(), *next(found)) if x.requires_grad else x)
+
+    def jet(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return as_jet(x.detach(), *next(found))
+        follows = not outputs or not (x.is_floating_point() or x.is_complex())
+        return x if follows else Jet.unknown(x, f"a result of {function} that has no derivative")
+
+    return _mapped(result, jet)
 
 
 Parts = list["Tensor | None"]
 
 
-def _derivatives(outputs: list[Tensor], points: list[Tensor], jets: list[Jet]) -> tuple[Parts, Parts]:
+def _derivatives(
+    outputs: list[Tensor], cotangent: float, points: list[Tensor], jets: list[Jet]
+) -> tuple[Parts, Parts]:
     """Return the velocities and the accelerations of the outputs."""
     none: Parts = [None] * len(outputs)
-    cotangents = [torch.zeros_like(y).requires_grad_() for y in outputs]
+    cotangents = [torch.full_like(y, cotangent).requires_grad_() for y in outputs]
     x1, x2 = [jet.velocity for jet in jets], [jet.acceleration for jet in jets]
     v = _gradient(_inner(cotangents, outputs), points, create_graph=True)
     slope = _inner(v, x1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -127,6 +127,13 @@ class Jet(Tensor):
                 self._writes += 1
         return self._derivatives
 
+    @staticmethod
+    def unknown(value: Tensor, what: str) -> Jet:
+        """Return a jet whose derivatives raise `UnsupportedOperation` where they are asked for."""
+        jet = Jet(value)
+        jet._source = (cast(Any, _Unknown(what)), lambda x: x, 0)
+        return jet
+
     @property
     def velocity(self) -> Tensor | None:
         return self.current()[0]
@@ -138,6 +145,10 @@ class Jet(Tensor):
     @property
     def is_view(self) -> bool:
         return self._source is not None
+
+    @property
+    def is_unknown(self) -> bool:
+        return self._source is not None and isinstance(self._source[0], _Unknown)
 
     def viewed(self, value: Tensor, view: Callable[[Tensor], Tensor]) -> Jet:
         """Return a view of this jet. `value` is the view of `self.value`, and `view` takes it of a derivative."""
@@ -179,6 +190,16 @@ class Jet(Tensor):
         cls, operator: Operator, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return cls.rule_for(operator)(*args, **(kwargs or {}))
+
+
+class _Unknown:
+    """In place of the source of a jet."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def current(self) -> Derivatives:
+        raise UnsupportedOperation(self.what, "is used")
 
 
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
@@ -258,7 +279,8 @@ def _write_through(
     """Return the source's derivative after a write to its view, as a new tensor, since derivatives may be shared."""
     if before is None and written is None:
         return None
-    after = torch.zeros_like(like) if before is None else torch.empty_like(like).copy_(before)
+    after = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    after = after.zero_() if before is None else after.copy_(before)
     part = view(after)
     if part.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
         raise UnsupportedOperation("a write through a view that jets hold as a copy", "cannot be followed")

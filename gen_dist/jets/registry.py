@@ -38,7 +38,7 @@ def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
 # The result does not move with the arguments: booleans, integers, shapes, piecewise constant functions.
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
-    "trunc floor_divide logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
+    "trunc floor_divide normal normal_functional poisson binomial logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
     "_local_scalar_dense bernoulli multinomial heaviside searchsorted bucketize one_hot zero item isclose allclose "
     "is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel sym_storage_offset "
     "_assert_tensor_metadata _assert_async _has_same_storage_numel".split()
@@ -127,7 +127,9 @@ def view_of_derivative(operator: Operator, value: Tensor, x: Tensor, *args: Any,
             raise UnsupportedOperation(operator, "reinterprets the bits of a value that moves")
         return x.reshape(args[0])
     if name == "as_strided":
-        same_layout = torch.empty_strided(value.shape, value.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        same_layout = x
+        if x.stride() != value.stride():
+            same_layout = torch.empty_strided(value.shape, value.stride(), dtype=x.dtype, device=x.device).copy_(x)
         size, stride, *offset = args
         start = (offset[0] if offset else value.storage_offset()) - value.storage_offset()
         return same_layout.as_strided(size, stride, start)

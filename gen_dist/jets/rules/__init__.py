@@ -11,12 +11,25 @@ decomposition raises `UnsupportedOperation`.
 from gen_dist.jets.rules import (
     attention,
     communication,
+    distances,
     elementwise,
     linear,
     losses,
     normalisation,
     products,
     reductions,
+    sequences,
 )
 
-__all__ = ["attention", "communication", "elementwise", "linear", "losses", "normalisation", "products", "reductions"]
+__all__ = [
+    "attention",
+    "communication",
+    "distances",
+    "elementwise",
+    "linear",
+    "losses",
+    "normalisation",
+    "products",
+    "reductions",
+    "sequences",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gen_dist.jets.jet import derivatives
 from gen_dist.jets.registry import refuse_jets, rule
@@ -22,6 +23,19 @@ def _nll_loss(operator: Operator, x: Any, *args: Any) -> Any:
 def _reduced(loss: Any, reduction: int) -> Any:
     """Reduce by ATen's code: 0 is none, 1 is mean, 2 is sum."""
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+
+
+@rule("multilabel_margin_loss_forward")
+def _multilabel_margin(operator: Operator, x: Any, target: Tensor, reduction: int) -> Any:
+    """Hinges between each class that is a target and each that is not; a row of targets ends before -1."""
+    _, is_target = operator(derivatives(x)[0], target, reduction)
+    given = target.reshape(-1, target.size(-1))
+    rows, others = x.reshape(given.shape), is_target.reshape(given.shape) == 0
+    wanted = (given >= 0).long().cumprod(1).bool()
+    gaps = 1 - rows.gather(1, given.clamp_min(0)).unsqueeze(2) + rows.unsqueeze(1)
+    counts = wanted.unsqueeze(2) & others.unsqueeze(1)
+    hinges = torch.where(counts, gaps, torch.zeros((), dtype=x.dtype, device=target.device)).clamp_min(0)
+    return _reduced((hinges.sum((1, 2)) / given.size(1)).reshape(target.shape[:-1]), reduction), is_target
 
 
 @rule("mse_loss")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, wants_acceleration
+from gen_dist.jets.jet import Jet, NotCovered, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.elementwise import chain
 from gen_dist.jets.rules.terms import mapped, plus, times
@@ -63,7 +63,7 @@ def _selected(operator: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Selected elements and their indices along a dimension."""
     dim: Any = arguments_by_name(operator, x, *args, **kwargs).get("dim")
     if dim is None:
-        raise UnsupportedOperation(operator)
+        raise NotCovered
     x0 = derivatives(x)[0]
     values, indices = operator(x0, *args, **kwargs)
     dropped = values.dim() < x0.dim()
@@ -192,7 +192,7 @@ def _norm(operator: Operator, x: Any, p: Any = 2, dim: Any = None, keepdim: bool
     if p == math.inf:
         return x.abs().amax(dims, keepdim)
     if p in (0, -math.inf):
-        raise UnsupportedOperation(operator)
+        raise NotCovered
     return _sum(x.abs() ** p, dims, keepdim) ** (1 / p)
 
 
