@@ -21,7 +21,7 @@ from torch import Tensor
 from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, wants_acceleration
 from gen_dist.torch_private import plain_autograd
 
-__all__ = ["by_autograd", "jets_in", "with_jets_replaced"]
+__all__ = ["by_autograd", "by_autograd_elementwise", "jets_in", "with_jets_replaced"]
 
 
 def by_autograd(function: Callable[..., Any], cotangent: float, *args: Any, **kwargs: Any) -> Any:
@@ -35,18 +35,16 @@ def by_autograd(function: Callable[..., Any], cotangent: float, *args: Any, **kw
     """
     jets = list(jets_in((args, kwargs)))
     with plain_autograd():
-        points = [jet.value.detach().requires_grad_() for jet in jets]
-        remaining = iter(points)
-        given = with_jets_replaced((args, kwargs), lambda _: next(remaining))
-        result = function(*given[0], **given[1])
+        points, result = _recorded(function, jets, args, kwargs)
+        if isinstance(result, Tensor) and result.numel() == 1 and not result.is_complex():
+            return _at_once(function, result, points, jets, _inner)
         outputs = [x for x in _tensors(result) if x.requires_grad]
         if any(x.layout is not torch.strided for x in outputs):
             raise UnsupportedOperation(function, "makes a sparse tensor of values that move")
         try:
             moved = _derivatives(outputs, cotangent, points, jets)
-        except RuntimeError as error:  # PyTorch has no formula, or a formula that has none
-            why = f"has no derivative that autograd can differentiate again ({str(error).splitlines()[0]})"
-            raise UnsupportedOperation(function, why) from error
+        except RuntimeError as error:
+            raise _not_twice(function, error) from error
     found = iter(zip(*moved, strict=True))
 
     def jet(x: Tensor) -> Tensor:
@@ -58,12 +56,68 @@ def by_autograd(function: Callable[..., Any], cotangent: float, *args: Any, **kw
     return _mapped(result, jet)
 
 
+def by_autograd_elementwise(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `by_autograd`, for a function that applies to each element, of real numbers.
+
+    Its Jacobian is diagonal: with `u = 1`, `y' = v x'` and `y'' = w x' + v x''`. No derivative by `u` is needed, which
+    is NaN where a formula multiplies it by infinity and then takes another branch.
+    """
+    jets = list(jets_in((args, kwargs)))
+    shape = torch.broadcast_shapes(*(jet.shape for jet in jets))
+    expanded = with_jets_replaced((args, kwargs), lambda jet: jet.expand(shape))
+    jets = list(jets_in(expanded))
+    with plain_autograd():
+        points, y = _recorded(function, jets, *expanded)
+        if not isinstance(y, Tensor) or y.shape != shape or y.is_complex():
+            return by_autograd(function, 1.0, *args, **kwargs)
+        return _at_once(function, y, points, jets, _sum_of_products)
+
+
+def _recorded(function: Callable[..., Any], jets: list[Jet], args: Any, kwargs: Any) -> tuple[list[Tensor], Any]:
+    """Return points that stand for the jets, and the result of the function for them."""
+    points = [jet.value.detach().requires_grad_() for jet in jets]
+    remaining = iter(points)
+    args, kwargs = with_jets_replaced((args, kwargs), lambda _: next(remaining))
+    return points, function(*args, **kwargs)
+
+
+def _at_once(
+    function: Callable[..., Any],
+    y: Tensor,
+    points: list[Tensor],
+    jets: list[Jet],
+    product: Callable[[Any, Any], Tensor | None],
+) -> Tensor:
+    """Return the jet of `y`, where the gradient of its sum has all of its derivatives."""
+    if not y.requires_grad:
+        return y
+    x1, x2 = [jet.velocity for jet in jets], [jet.acceleration for jet in jets]
+    try:
+        v = _gradient(y.sum(), points, create_graph=True)
+        slope, bend = product(v, x1), product(v, x2)
+        if slope is not None and wants_acceleration():
+            more = product(_gradient(slope.sum(), points), x1)
+            bend = more if bend is None else bend if more is None else bend + more
+    except RuntimeError as error:
+        raise _not_twice(function, error) from error
+    return as_jet(y.detach(), *_detached([slope, bend]))
+
+
+def _sum_of_products(a: list[Any], b: list[Any]) -> Tensor | None:
+    products = [x * y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return sum(products[1:], products[0]) if products else None
+
+
+def _not_twice(function: Callable[..., Any], error: RuntimeError) -> UnsupportedOperation:
+    """PyTorch has no formula, or a formula that has none."""
+    why = f"has no derivative that autograd can differentiate again ({str(error).splitlines()[0]})"
+    return UnsupportedOperation(function, why)
+
+
 Parts = list["Tensor | None"]
 
 
-def _derivatives(
-    outputs: list[Tensor], cotangent: float, points: list[Tensor], jets: list[Jet]
-) -> tuple[Parts, Parts]:
+def _derivatives(outputs: list[Tensor], cotangent: float, points: list[Tensor], jets: list[Jet]) -> tuple[Parts, Parts]:
     """Return the velocities and the accelerations of the outputs."""
     none: Parts = [None] * len(outputs)
     cotangents = [torch.full_like(y, cotangent).requires_grad_() for y in outputs]

@@ -38,10 +38,10 @@ def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
 # The result does not move with the arguments: booleans, integers, shapes, piecewise constant functions.
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
-    "trunc floor_divide normal normal_functional poisson binomial logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
-    "_local_scalar_dense bernoulli multinomial heaviside searchsorted bucketize one_hot zero item isclose allclose "
-    "is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel sym_storage_offset "
-    "_assert_tensor_metadata _assert_async _has_same_storage_numel".split()
+    "trunc floor_divide normal normal_functional poisson binomial logical_and logical_or logical_not logical_xor any "
+    "all nonzero count_nonzero equal is_nonzero _local_scalar_dense bernoulli multinomial heaviside "
+    "searchsorted bucketize one_hot zero item isclose allclose is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel "
+    "sym_storage_offset _assert_tensor_metadata _assert_async _has_same_storage_numel".split()
 )
 
 # The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.
@@ -65,7 +65,7 @@ LINEAR = frozenset(
 
 # The operator rules that hold for complex numbers too, which is not so where a derivative conjugates.
 OF_COMPLEX = frozenset(
-    "add sub rsub mul div mm bmm dot mv vdot addmm baddbmm addmv addr addcmul addcdiv where masked_fill copy fill "
+    "abs add sub rsub mul div mm bmm dot mv vdot addmm baddbmm addmv addr addcmul addcdiv where masked_fill copy fill "
     "native_dropout convolution slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put "
     "masked_scatter index_add index_copy scatter scatter_add embedding".split()
 )

@@ -13,6 +13,7 @@ from gen_dist.jets.jet import Jet, NotCovered, as_jet, derivatives, wants_accele
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.elementwise import chain
 from gen_dist.jets.rules.terms import mapped, plus, times
+from gen_dist.jets.unwritten import through_autograd
 from gen_dist.torch_private import Operator, arguments_by_name, name_of
 
 
@@ -171,7 +172,7 @@ def _variance(
     count = math.prod(x.size(d) for d in dims)
     centred = x - x.mean(dims, keepdim=True)
     variance = (centred * centred).sum(dims, keepdim=keepdim) / max(count - correction, 0)
-    return variance if name_of(operator) == "var" else torch.sqrt(variance)
+    return variance if name_of(operator) == "var" else _root(variance)
 
 
 @rule("var_mean", "std_mean")
@@ -183,6 +184,7 @@ def _variance_and_mean(operator: Operator, x: Any, dim: Any = None, *args: Any, 
 
 @rule("linalg_vector_norm", "norm")
 def _norm(operator: Operator, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """The usual norms. PyTorch's own derivatives of the others know what is zero at zero."""
     p = 2 if p is None else p
     dims = _dimensions(dim, x)
     if p == 2:
@@ -191,9 +193,7 @@ def _norm(operator: Operator, x: Any, p: Any = 2, dim: Any = None, keepdim: bool
         return _sum(x.abs(), dims, keepdim)
     if p == math.inf:
         return x.abs().amax(dims, keepdim)
-    if p in (0, -math.inf):
-        raise NotCovered
-    return _sum(x.abs() ** p, dims, keepdim) ** (1 / p)
+    return through_autograd(operator, x, p, dim, keepdim, **kwargs)
 
 
 def _sum(x: Any, dims: list[int], keepdim: bool) -> Any:
