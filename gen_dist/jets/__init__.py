@@ -45,6 +45,7 @@ The modules in `gen_dist.jets.rules` hold the operator rules of PyTorch's own op
 """
 
 from gen_dist.jets import dispatch, rules  # noqa: F401 - imported to register the operator rules
+from gen_dist.jets.functions import trust
 from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, noting_casts, velocity_only
 from gen_dist.jets.mode import JetMode, NeedsGraph
 from gen_dist.jets.registry import rule
@@ -57,5 +58,6 @@ __all__ = [
     "derivatives",
     "noting_casts",
     "rule",
+    "trust",
     "velocity_only",
 ]

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from gen_dist.jets.adopted import Adopted
 from gen_dist.jets.bodies import body_of
+from gen_dist.jets.functions import is_known
+from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
 from gen_dist.jets.stops import Stops, constant, leaves
@@ -24,6 +26,7 @@ from gen_dist.torch_private import (
     transforms_are_active,
     watch_autograd_functions,
     watch_backward,
+    without_torch_function,
 )
 
 __all__ = ["JetMode", "NeedsGraph"]
@@ -118,7 +121,7 @@ class JetMode(TorchFunctionMode):
                 return ANSWERS[function](function, given, *args, **kwargs)
             if function is torch.autograd.grad:
                 return self._gradient(*args, **kwargs)
-        if (special and function in DETACH) or self._stops.at(args, kwargs):
+        if (special and function in DETACH and not self._stops.follow) or self._stops.at(args, kwargs):
             return function(*constant(args), **constant(kwargs))
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
@@ -194,7 +197,11 @@ class JetMode(TorchFunctionMode):
         if not self._stops.now:
             found = [self._stand_in(x) for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
             moving = any(moves(x) or is_wrapped_by_a_transform(x) for x in found)
-        return self._stops.run_forward(function, forward, args, kwargs, moving)
+        if moving and not is_known(function):
+            args, kwargs = self._replaced(args), self._replaced(kwargs)
+        with without_torch_function():  # which would answer for autograd
+            tracked = any(jet.requires_grad for jet in jets_in((args, kwargs)))
+        return self._stops.run_forward(function, forward, args, kwargs, moving, tracked)
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
 

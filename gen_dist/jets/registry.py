@@ -39,9 +39,10 @@ def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
     "trunc floor_divide normal normal_functional poisson binomial logical_and logical_or logical_not logical_xor any "
-    "all nonzero count_nonzero equal is_nonzero _local_scalar_dense bernoulli multinomial heaviside "
-    "searchsorted bucketize one_hot zero item isclose allclose is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel "
-    "sym_storage_offset _assert_tensor_metadata _assert_async _has_same_storage_numel".split()
+    "all nonzero count_nonzero equal is_nonzero _local_scalar_dense bernoulli multinomial heaviside searchsorted "
+    "bucketize one_hot zero item isclose allclose is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor "
+    "sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata _assert_async "
+    "_has_same_storage_numel".split()
 )
 
 # The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.

@@ -13,7 +13,7 @@ from gen_dist.jets.general import jets_in, with_jets_replaced
 from gen_dist.jets.jet import Jet, derivatives, with_acceleration
 from gen_dist.torch_private import plain_values
 
-__all__ = ["kind_of_call", "verified"]
+__all__ = ["kind_of_call", "random_generators", "verified"]
 
 Function = Callable[..., Any]
 
@@ -51,7 +51,7 @@ def verified(function: Function, rule: Function, args: Any, kwargs: Any) -> bool
     Two curves are tried: that of the arguments, and a random one nearby, where the first passes a kink or an edge of
     the domain. None says that the function does not bend on either, so that nothing was learned.
     """
-    generators = _generators(args, kwargs)
+    generators = random_generators(args, kwargs)
     states = [x.get_state() for x in generators]
     try:
         with with_acceleration():
@@ -72,7 +72,7 @@ def _verified_along(call: Call, rule: Function) -> bool | None:
     return True if True in found else None if None in found else False
 
 
-def _generators(args: Any, kwargs: Any) -> list[torch.Generator]:
+def random_generators(args: Any, kwargs: Any) -> list[torch.Generator]:
     """The sources of the random numbers that a call may draw."""
     leaves = list(_leaves((args, kwargs)))
     devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
