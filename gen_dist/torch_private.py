@@ -402,6 +402,25 @@ def _watched(watcher: Callable[[type, Forward, Any, Any], Any], function: type, 
     return run
 
 
+_script_calls = {kind: kind.__call__ for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod)}
+
+
+def watch_scripts(watcher: Callable[[Callable[..., Any], Any, Any], Any] | None) -> None:
+    """Call `watcher(run, args, kwargs)` in place of each function and method of TorchScript; None ends it.
+
+    They are no functions to a function mode, and C++ code runs what they call.
+    """
+    for kind, call in _script_calls.items():
+        cast(Any, kind).__call__ = call if watcher is None else _watched_script(watcher, call)
+
+
+def _watched_script(watcher: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(script: Any, *args: Any, **kwargs: Any) -> Any:
+        return watcher(functools.partial(call, script), args, kwargs)
+
+    return run
+
+
 # `backward()` in all its forms calls this, and so does `torch.autograd.grad`.
 _run_backward = torch.autograd._engine_run_backward
 

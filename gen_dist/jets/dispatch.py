@@ -101,13 +101,13 @@ def _skipping_constants(operator: Operator, rule: Callable[..., Any]) -> Callabl
 def _view(operator: Operator) -> Callable[..., Any]:
     """A view of a jet: views of its value and of its derivatives, with a reference to their source."""
 
-    alias = name_of(operator) == "alias"
-    if name_of(operator) == "_conj":  # inside `__torch_dispatch__`, no operator resolves a lazy conjugate
+    name = name_of(operator)
+    if name == "_conj":  # inside `__torch_dispatch__`, no operator resolves a lazy conjugate
         operator = torch.ops.aten.conj_physical.default
 
     def apply(source: Any, *args: Any, **kwargs: Any) -> Any:
         value = operator(source.value, *args, **kwargs)
-        if alias and stops_derivatives():
+        if stops_derivatives(name):
             return value
 
         def jet(value: Tensor, index: int | None) -> Jet:

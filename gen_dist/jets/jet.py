@@ -23,6 +23,7 @@ Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
 _stopping: ContextVar[bool] = ContextVar("stopping", default=False)
+_in_script: ContextVar[list[UnsupportedOperation] | None] = ContextVar("in_script", default=None)
 _casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
@@ -35,6 +36,9 @@ class UnsupportedOperation(NotImplementedError):
 
     def __init__(self, operation: object, why: str = "has no verified second derivative") -> None:
         self.reason = f"{operation} {why}"
+        raised = _in_script.get()
+        if raised is not None:
+            raised.append(self)
         super().__init__(
             f"{self.reason}, so 'exact' and 'gauss-newton' curvature cannot pass through it: "
             "use curvature='forward', which only needs the values of the loss"
@@ -226,9 +230,23 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
         _stopping.reset(token)
 
 
-def stops_derivatives() -> bool:
-    """Whether `without_derivatives` asks for an alias."""
-    return _stopping.get()
+@contextlib.contextmanager
+def running_script() -> Iterator[list[UnsupportedOperation]]:
+    """Context manager in which the operator `detach` stops derivatives: no function mode sees TorchScript call it.
+
+    It gives the list of the errors raised inside, of which the interpreter makes others.
+    """
+    raised: list[UnsupportedOperation] = []
+    token = _in_script.set(raised)
+    try:
+        yield raised
+    finally:
+        _in_script.reset(token)
+
+
+def stops_derivatives(name: str) -> bool:
+    """Whether the operator of this name stops derivatives now: an alias where `without_derivatives` asks for it."""
+    return (_stopping.get() and name == "alias") or (_in_script.get() is not None and name == "detach")
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from gen_dist.jets.adopted import Adopted
 from gen_dist.jets.bodies import body_of
 from gen_dist.jets.functions import is_known
 from gen_dist.jets.general import jets_in
-from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values
+from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
 from gen_dist.jets.stops import Stops, constant, leaves
 from gen_dist.torch_private import (
@@ -26,6 +26,7 @@ from gen_dist.torch_private import (
     transforms_are_active,
     watch_autograd_functions,
     watch_backward,
+    watch_scripts,
     without_torch_function,
 )
 
@@ -81,6 +82,7 @@ class JetMode(TorchFunctionMode):
                     jet.requires_grad_()
         watch_autograd_functions(self._forward)
         watch_backward(_refuse_backward)
+        watch_scripts(self._script)
         replace_what_transforms_wrap(self._replaced)
         super().__enter__()
         return self
@@ -97,6 +99,7 @@ class JetMode(TorchFunctionMode):
         self._has_left = True
         watch_autograd_functions(None)
         watch_backward(None)
+        watch_scripts(None)
         replace_what_transforms_wrap(None)
         if self in active_function_modes():
             while self in active_function_modes():  # more than once, if an interrupt has cut a body short
@@ -202,6 +205,19 @@ class JetMode(TorchFunctionMode):
         with without_torch_function():  # which would answer for autograd
             tracked = any(jet.requires_grad for jet in jets_in((args, kwargs)))
         return self._stops.run_forward(function, forward, args, kwargs, moving, tracked)
+
+    def _script(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._replaced(args), self._replaced(kwargs)
+        if self._stops.at(args, kwargs):
+            return run(*constant(args), **constant(kwargs))
+        with running_script() as raised:
+            try:
+                return run(*args, **kwargs)
+            except RuntimeError as error:  # the interpreter makes it of all errors
+                if not raised:
+                    raise
+                why = f"calls what jets refuse ({raised[0].reason})"
+                raise UnsupportedOperation("a function of TorchScript", why) from error
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
 
