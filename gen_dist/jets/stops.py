@@ -95,16 +95,17 @@ class Stops:
         if moving and issubclass(function, backward_hook_function):
             why = "may return another gradient than that of the forward code"
             raise UnsupportedOperation("a full backward hook of a module", why)
-        stops, checked = self.now, moving and not is_known(function)
+        stops, custom = self.now, moving and not is_known(function)
+        checked = custom and not self.follow  # inside of the forward code of another one, its gradient is not used
         if checked and tracked:  # in a loss that takes gradients
             self._refuse_custom(function)
         self._functions.append(function)
-        self._followed += [function] if checked else []
+        self._followed += [function] if custom else []
         try:
             result = follow(function, forward, args, kwargs) if checked else forward(*args, **kwargs)
         finally:
             self._functions.pop()
-            if checked:
+            if custom:
                 self._followed.pop()
         return constant(result) if stops else result
 
