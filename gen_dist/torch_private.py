@@ -272,6 +272,9 @@ active_function_modes = torch.overrides._get_current_function_mode_stack
 recurrent_kernels = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
 """The functions that `nn.LSTM`, `nn.GRU` and `nn.RNN` call. A function mode sees these, and not the modules."""
 
+recurrent_layers: dict[Any, tuple[str, int]] = {torch._VF.lstm: ("lstm", 2), torch._VF.gru: ("gru", 1)}
+"""Those of them with gates, by function: the kind, and how many states a layer keeps."""
+
 
 def schema_of(operator: Operator) -> Any:
     """The operator's `FunctionSchema`: the only place that tells its arguments, its results and what it writes."""

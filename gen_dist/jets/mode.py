@@ -16,6 +16,7 @@ from gen_dist.jets.functions import is_known
 from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
+from gen_dist.jets.rules.recurrent import covered, recurrent
 from gen_dist.jets.stops import Stops, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
@@ -140,6 +141,8 @@ class JetMode(TorchFunctionMode):
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if function in recurrent_kernels:
+            if covered(function, args):
+                return recurrent(function, *args)
             # A fused recurrent kernel is one operator without an operator rule. Unfused, it is several that have one.
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return function(*args, **kwargs)
