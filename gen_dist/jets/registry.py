@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, as_jet, derivatives, note_cast
-from gen_dist.torch_private import Operator, name_of, overload_name_of
+from gen_dist.torch_private import Operator, name_of, schema_of
 
 aten = torch.ops.aten
 
@@ -117,6 +117,8 @@ def _of_part(operator: Operator, part: Any, args: Any, kwargs: Any) -> Any:
         return None
     if name_of(operator) == "constant_pad_nd":
         return operator(part, args[0])  # derivatives are padded with zeros
+    if name_of(operator) == "_unsafe_view":  # the strides of a derivative may differ
+        return part.reshape(args[0])
     return operator(part, *args, **kwargs)
 
 
@@ -143,4 +145,13 @@ def functional_form(operator: Operator) -> Callable[..., Any] | None:
     if name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "geometric_"):
         return lambda x, *args, **kwargs: operator(x.value, *args, **kwargs)
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return packet if packet is None else getattr(packet, overload_name_of(operator), packet)
+    if packet is None:
+        return None
+    wanted = _types(operator)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return next((overload for overload in overloads if _types(overload) == wanted), packet)
+
+
+def _types(operator: Operator) -> list[tuple[str, str]]:
+    """The types and names of the arguments: `pow_.Scalar` takes a number as exponent, `pow.Scalar` as base."""
+    return [(argument.name, str(argument.type)) for argument in schema_of(operator).arguments]

@@ -12,7 +12,7 @@ from torch import Tensor
 from gen_dist.jets.jet import Jet, NotCovered, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.elementwise import chain
-from gen_dist.jets.rules.terms import mapped, plus, times
+from gen_dist.jets.rules.terms import mapped, memory_order, plus, times
 from gen_dist.jets.unwritten import through_autograd
 from gen_dist.torch_private import Operator, arguments_by_name, name_of
 
@@ -82,9 +82,10 @@ def _pooled(spatial: int) -> Callable[..., Any]:
 
     def apply(operator: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         x0 = derivatives(x)[0]
+        order = memory_order(x0)
         if x0.device.type == "cpu" and x0.dim() == 4:  # the CPU kernel is only vectorised over channels
             x0 = x0.contiguous(memory_format=torch.channels_last)
-        values, indices = (result.contiguous() for result in operator(x0, *args, **kwargs))
+        values, indices = (result.contiguous(memory_format=order) for result in operator(x0, *args, **kwargs))
         flat = indices.flatten(-spatial)
 
         def pick(d: Tensor) -> Tensor:
