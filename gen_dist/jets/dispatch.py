@@ -51,7 +51,7 @@ def _choose(operator: Operator) -> Callable[..., Any]:
     if schema.is_mutable:
         return _in_place(operator)
     if is_view(operator):
-        return _view(operator)
+        return _view(operator) if "nested" not in name else _skipping_constants(operator, _refuse)
     if name in LINEAR:
         return _skipping_constants(operator, _or_general(linear(operator), True))
     return _skipping_constants(operator, through_unwritten)
@@ -69,6 +69,10 @@ def _or_general(rule: Callable[..., Any], of_complex: bool) -> Callable[..., Any
         return through_unwritten(operator, *args, **kwargs)
 
     return apply
+
+
+def _refuse(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedOperation(operator, "makes a nested tensor of values that move")
 
 
 def _settled(argument: Any) -> Any:

@@ -220,7 +220,7 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
     """Return `x` as a constant along the line. With `wrapped`, any tensor may hold a jet, else a subclass."""
     if isinstance(x, Jet):
         return x.value
-    if not wrapped and type(x) in (Tensor, torch.nn.Parameter):
+    if (not wrapped and type(x) in (Tensor, torch.nn.Parameter)) or x.is_nested:  # no jet is nested
         return x
     token = _stopping.set(True)
     try:

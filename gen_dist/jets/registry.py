@@ -95,6 +95,11 @@ def linear(operator: Operator) -> Callable[..., Any]:
     return apply
 
 
+def for_backward(statistic: Tensor) -> Tensor:
+    """Return what an operator keeps for its backward pass, whose derivatives no rule computes. There is none."""
+    return Jet.unknown(statistic, "what an operator keeps for a gradient, in a loss that takes gradients,")
+
+
 def refuse_jets(operator: Operator, others: Iterable[Any]) -> None:
     """Raise `NotCovered` if one of the arguments after the first is a jet."""
     for argument in others:

@@ -213,6 +213,12 @@ def _log_sigmoid(operator: Operator, x: Jet) -> Any:
     return chain(value, lambda v: s * v, lambda: -s * (1 - s), x), buffer
 
 
+@rule("log_sigmoid_backward")
+def _log_sigmoid_backward(_: Operator, gradient: Any, x: Any, buffer: Any) -> Any:
+    """Where a loss takes a gradient itself. The buffer holds a function of `x`, as if it were a constant."""
+    return gradient * torch.sigmoid(-x)
+
+
 @rule("_prelu_kernel")
 def _prelu(_: Operator, x: Any, weight: Any) -> Any:
     """As `x` or `w x`. At zero, where the slope is `w`, autograd has no second derivative."""

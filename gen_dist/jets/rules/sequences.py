@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_dist.jets.jet import NotCovered, derivatives
-from gen_dist.jets.registry import rule
+from gen_dist.jets.registry import for_backward, rule
 from gen_dist.torch_private import Operator
 
 LOWEST = -1e30  # in place of minus infinity, whose differences are not numbers
@@ -49,7 +49,7 @@ def _ctc_loss(
     impossible = derivatives(loss)[0] > -LOWEST / 2
     loss = torch.where(impossible, torch.zeros_like(derivatives(loss)[0]), loss)
     value = result[0].reshape(-1)
-    return torch.where(impossible, value, loss).reshape(result[0].shape), result[1]
+    return torch.where(impossible, value, loss).reshape(result[0].shape), for_backward(result[1])
 
 
 def _with_blanks(targets: Tensor, lengths: Tensor, blank: int) -> Tensor:
