@@ -20,6 +20,9 @@ from gen_dist.torch_private import Operator, decompositions, is_composite
 
 __all__ = ["through_autograd", "through_unwritten"]
 
+# Parts of names. To verify such an operator, ranks would have to call it equally often.
+COMMUNICATING = ("c10d", "symm_mem")
+
 _ways: dict[Any, Callable[..., Any]] = {}  # what has been verified so far, by operator and kind of call
 
 
@@ -33,6 +36,8 @@ def through_unwritten(operator: Operator, *args: Any, **kwargs: Any) -> Any:
         return operator(*values(args), **values(kwargs))
     if is_composite(operator):
         return _stepwise(operator, operator.decompose, *args, **kwargs)
+    if any(name in operator.name() for name in COMMUNICATING):
+        raise UnsupportedOperation(operator, "communicates, and has no operator rule")
     key = operator, kind_of_call(args, kwargs)
     if key in _ways:
         return _ways[key](*args, **kwargs)
