@@ -81,7 +81,7 @@ def _silu_second(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    straight = beta * x > threshold
+    straight = beta * x >= threshold
     return _logistic_slope_(torch.mul(x, beta).sigmoid_()).mul_(beta).masked_fill_(straight, 0)
 
 
