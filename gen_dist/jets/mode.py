@@ -58,8 +58,8 @@ class JetMode(TorchFunctionMode):
     raises `NeedsGraph`; with `tracks`, autograd records all that depends on weights, which takes the memory of a
     training step.
 
-    What defines another gradient than that of the forward code raises `UnsupportedOperation`: a custom
-    `torch.autograd.Function`, and a backward hook.
+    What defines another gradient than that of the forward code raises `UnsupportedOperation`: a backward hook, and a
+    custom `torch.autograd.Function` whose gradient is found to be another one.
     """
 
     def __init__(self, table: dict[int, Tensor], tracks: bool = False) -> None:
