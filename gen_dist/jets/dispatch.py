@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
 from gen_dist.jets.registry import (
     CHOSEN,
@@ -61,7 +60,7 @@ def _or_general(rule: Callable[..., Any], of_complex: bool) -> Callable[..., Any
     """The operator rule, and the general one for arguments that it does not cover."""
 
     def apply(operator: Operator, *args: Any, **kwargs: Any) -> Any:
-        if of_complex or not any(jet.is_complex() for jet in jets_in((args, kwargs))):
+        if of_complex or not any(type(x) is Jet and x.value.is_complex() for x in args):
             try:
                 return rule(operator, *args, **kwargs)
             except NotCovered:
