@@ -234,10 +234,15 @@ without_torch_function = torch._C.DisableTorchFunction
 _keys_outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 class _Outside:
     """Context manager: operators are dispatched as outside of any operator, unseen by function modes.
 
-    Inside `__torch_dispatch__`, PyTorch leaves out autograd and the resolution of lazy conjugates.
+    Inside `__torch_dispatch__`, PyTorch leaves out autograd and the resolution of lazy conjugates. Hooks on what
+    autograd saves, as those of checkpointing, see nothing of what it saves here.
     """
 
     def __init__(self, gradients: bool) -> None:
@@ -250,8 +255,13 @@ class _Outside:
         self._dispatch.__enter__()
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._gradients)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        if self._gradients:
+            self._hooks.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
+        if self._gradients:
+            self._hooks.__exit__(*exception)
         torch._C._set_grad_enabled(self._before)
         self._dispatch.__exit__(*exception)
         self._function.__exit__(*exception)

@@ -72,6 +72,13 @@ class Cubed(nn.Module):
         return w**3 + w
 
 
+class Inverse(nn.Module):
+    """An operator without a rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x @ x.t() + torch.eye(len(x))) @ x
+
+
 class WritesItsBuffer(nn.Module):
     """Writes a value that depends on the weights into a buffer, and reads it in the same forward pass."""
 
@@ -244,7 +251,7 @@ def test_a_custom_autograd_function_raises_an_error_that_names_it() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_checkpointed_activations(reentrant: bool) -> None:
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Inverse(), nn.Linear(4, 2)), torch.randn(4, 3)
 
     def checkpointed() -> Tensor:
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().mean()
