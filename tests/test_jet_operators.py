@@ -643,6 +643,16 @@ def test_an_operator_with_a_derivative_of_its_own_needs_no_rule() -> None:
     assert [value.tolist(), velocity.tolist(), acceleration.tolist()] == [[8, 1], [12, 1.5], [12, 4.5]]
 
 
+def test_what_an_operator_keeps_for_its_backward_pass_is_no_constant() -> None:
+    """C++ code takes views of it, but whatever computes with it would be wrong."""
+    x = torch.randn(2, 4, 3)
+    with torch.no_grad():
+        _, mean, _ = torch.native_group_norm(Jet(x, x), None, None, 2, 4, 3, 2, 1e-5)
+        view = mean.view(2, 2, 1)
+        with pytest.raises(UnsupportedOperation, match="in a loss that takes gradients"):
+            view * 2
+
+
 def test_a_check_leaves_the_random_numbers_as_they_are() -> None:
     x = torch.rand(4, 4, dtype=torch.float64)
     torch.manual_seed(0)

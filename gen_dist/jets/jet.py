@@ -156,6 +156,8 @@ class Jet(Tensor):
 
     def viewed(self, value: Tensor, view: Callable[[Tensor], Tensor]) -> Jet:
         """Return a view of this jet. `value` is the view of `self.value`, and `view` takes it of a derivative."""
+        if self._source is not None and isinstance(self._source[0], _Unknown):
+            return Jet.unknown(value, self._source[0].what)
         velocity, acceleration = self.current()
         result = Jet(value, applied(view, velocity), applied(view, acceleration))
         result._source = (self, view, self._writes)
