@@ -249,22 +249,24 @@ class _Outside:
         self._gradients = gradients
 
     def __enter__(self) -> None:
+        # inside of a transform of torch.func there are no such hooks, and none can be added
+        self._hides = self._gradients and cast(Any, torch._C._autograd)._saved_tensors_hooks_is_enabled()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        if self._hides:
+            self._hooks.__enter__()
         self._function = torch._C.DisableTorchFunction()
         self._function.__enter__()
         self._dispatch = torch._C._ForceDispatchKeyGuard(*_keys_outside)
         self._dispatch.__enter__()
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._gradients)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-        if self._gradients:
-            self._hooks.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        if self._gradients:
-            self._hooks.__exit__(*exception)
         torch._C._set_grad_enabled(self._before)
         self._dispatch.__exit__(*exception)
         self._function.__exit__(*exception)
+        if self._hides:
+            self._hooks.__exit__(*exception)
 
 
 plain_autograd: Callable[[], Any] = functools.partial(_Outside, True)
