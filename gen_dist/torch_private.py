@@ -231,6 +231,50 @@ decompositions = torch._decomp.decomposition_table
 without_torch_function = torch._C.DisableTorchFunction
 """Context manager: functions run as they are, unseen by function modes and subclasses."""
 
+_keys_outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class _Outside:
+    """Context manager: operators are dispatched as outside of any operator, unseen by function modes.
+
+    Inside `__torch_dispatch__`, PyTorch leaves out autograd and the resolution of lazy conjugates. Hooks on what
+    autograd saves, as those of checkpointing, see nothing of what it saves here.
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self._gradients = gradients
+
+    def __enter__(self) -> None:
+        # inside of a transform of torch.func there are no such hooks, and none can be added
+        self._hides = self._gradients and cast(Any, torch._C._autograd)._saved_tensors_hooks_is_enabled()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        if self._hides:
+            self._hooks.__enter__()
+        self._function = torch._C.DisableTorchFunction()
+        self._function.__enter__()
+        self._dispatch = torch._C._ForceDispatchKeyGuard(*_keys_outside)
+        self._dispatch.__enter__()
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._gradients)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._before)
+        self._dispatch.__exit__(*exception)
+        self._function.__exit__(*exception)
+        if self._hides:
+            self._hooks.__exit__(*exception)
+
+
+plain_autograd: Callable[[], Any] = functools.partial(_Outside, True)
+"""Context manager inside `__torch_dispatch__` in which autograd records operators on plain tensors."""
+
+plain_values: Callable[[], Any] = functools.partial(_Outside, False)
+"""The same without a graph."""
+
 active_dispatch_modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
 """The dispatch modes that are entered now."""
 
@@ -239,6 +283,9 @@ active_function_modes = torch.overrides._get_current_function_mode_stack
 
 recurrent_kernels = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
 """The functions that `nn.LSTM`, `nn.GRU` and `nn.RNN` call. A function mode sees these, and not the modules."""
+
+recurrent_layers: dict[Any, tuple[str, int]] = {torch._VF.lstm: ("lstm", 2), torch._VF.gru: ("gru", 1)}
+"""Those of them with gates, by function: the kind, and how many states a layer keeps."""
 
 
 def schema_of(operator: Operator) -> Any:
@@ -289,6 +336,12 @@ def arguments_by_name(operator: Operator, *args: Any, **kwargs: Any) -> dict[str
 def is_composite(operator: Operator) -> bool:
     """Whether PyTorch implements the operator by calling others, so that `operator.decompose` works."""
     return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def is_view(operator: Operator) -> bool:
+    """Whether the operator returns views of its first argument."""
+    result = schema_of(operator).returns
+    return bool(result) and result[0].alias_info is not None and not result[0].alias_info.is_write
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -360,6 +413,25 @@ def _watched(watcher: Callable[[type, Forward, Any, Any], Any], function: type, 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         return watcher(function, forward, args, kwargs)
+
+    return run
+
+
+_script_calls = {kind: kind.__call__ for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod)}
+
+
+def watch_scripts(watcher: Callable[[Callable[..., Any], Any, Any], Any] | None) -> None:
+    """Call `watcher(run, args, kwargs)` in place of each function and method of TorchScript; None ends it.
+
+    They are no functions to a function mode, and C++ code runs what they call.
+    """
+    for kind, call in _script_calls.items():
+        cast(Any, kind).__call__ = call if watcher is None else _watched_script(watcher, call)
+
+
+def _watched_script(watcher: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(script: Any, *args: Any, **kwargs: Any) -> Any:
+        return watcher(functools.partial(call, script), args, kwargs)
 
     return run
 

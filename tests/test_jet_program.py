@@ -52,6 +52,33 @@ class Recurrent(nn.Module):
         return self.rnn(x)[0]
 
 
+class Started(nn.Module):
+    """Learns the state in which a recurrent layer starts; its weights are functions of parameters."""
+
+    def __init__(self, kind: type[nn.RNNBase], states: int) -> None:
+        super().__init__()
+        self.rnn, self.start = kind(5, 4), nn.Parameter(torch.randn(states, 1, 3, 4))
+        for name in ("weight_hh_l0", "weight_ih_l0"):
+            nn.utils.parametrize.register_parametrization(self.rnn, name, Cubed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start[0] if len(self.start) == 1 else tuple(self.start)
+        output, last = self.rnn(x, start)
+        return output * sum(last)
+
+
+class Cubed(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w**3 + w
+
+
+class Inverse(nn.Module):
+    """An operator without a rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x @ x.t() + torch.eye(len(x))) @ x
+
+
 class WritesItsBuffer(nn.Module):
     """Writes a value that depends on the weights into a buffer, and reads it in the same forward pass."""
 
@@ -112,7 +139,13 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LSTM": (lambda: Recurrent(nn.LSTM), (3, 4, 5)),
     "LSTM bidirectional": (lambda: Recurrent(nn.LSTM, bidirectional=True, dropout=0.2), (3, 4, 5)),
     "LSTM projected": (lambda: Recurrent(nn.LSTM, proj_size=2), (3, 4, 5)),
+    "LSTM without bias": (lambda: Recurrent(nn.LSTM, bias=False), (3, 4, 5)),
+    "LSTM unbatched": (lambda: nn.Sequential(nn.LSTM(5, 4), First()), (3, 5)),
+    "LSTM started": (lambda: Started(nn.LSTM, 2), (2, 3, 5)),
     "GRU": (lambda: Recurrent(nn.GRU), (3, 4, 5)),
+    "GRU bidirectional": (lambda: Recurrent(nn.GRU, bidirectional=True, dropout=0.2), (3, 4, 5)),
+    "GRU without bias": (lambda: Recurrent(nn.GRU, bias=False), (3, 4, 5)),
+    "GRU started": (lambda: Started(nn.GRU, 1), (2, 3, 5)),
     "RNN": (lambda: Recurrent(nn.RNN), (3, 4, 5)),
     "GRUCell": (lambda: nn.Sequential(nn.GRUCell(5, 4), nn.LSTMCell(4, 3), First()), (3, 5)),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)), (3, 5)),
@@ -218,7 +251,7 @@ def test_a_custom_autograd_function_raises_an_error_that_names_it() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_checkpointed_activations(reentrant: bool) -> None:
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Inverse(), nn.Linear(4, 2)), torch.randn(4, 3)
 
     def checkpointed() -> Tensor:
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().mean()

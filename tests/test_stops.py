@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from gen_dist import jets
 from gen_dist.direction import Direction, GroupDirection
 from gen_dist.jets import UnsupportedOperation
 from gen_dist.line import Line, MicroBatch, Slice, estimator, two_probes
@@ -428,6 +429,10 @@ GRADIENTS: dict[str, Loss] = {
         + mse(model(x), y)
     ),
     "hvp": hessian_vector,
+    "log-sigmoid": lambda model, x, y: (
+        torch.func.grad(lambda x: (F.logsigmoid(model(x)) + model(x).sin()).pow(2).sum())(x).pow(2).mean()
+    ),
+    "determinant": lambda model, x, y: torch.func.grad(lambda x: torch.linalg.det(model(x)[:3]))(x).pow(2).mean(),
     "maml": maml,
     "maml by autograd": maml_by_autograd,
     "penalty": penalty(),
@@ -442,7 +447,24 @@ GRADIENTS: dict[str, Loss] = {
     "checkpointed": checkpointed_penalty,
 }
 
-MAYBE_REFUSED: dict[str, Loss] = {"norm and softmax": norms, "attention": attended}
+
+def grouped(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def f(x: Tensor) -> Tensor:
+        return F.group_norm(model(x), 3).mul(y).sum()
+
+    return torch.func.grad(f)(x).pow(2).mean() + mse(model(x), y)
+
+
+def solved(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: torch.linalg.solve(model(x)[:3], y[:3]).sum())(x).pow(2).mean()
+
+
+MAYBE_REFUSED: dict[str, Loss] = {
+    "norm and softmax": norms,
+    "attention": attended,
+    "group norm": grouped,
+    "solve": solved,
+}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -574,6 +596,82 @@ class OfWeightsWithGradients(OfWeights):
 kept = Identity.apply
 
 
+class Swish(torch.autograd.Function):
+    """Its forward code detaches, which stops nothing there, and its gradient cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.detach() * torch.sigmoid(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return g * (s + x * s * (1 - s))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+class FusedLoss(torch.autograd.Function):
+    """Computes its gradients forward, as chunked losses do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        error = x @ weight.t() - target
+        ctx.save_for_backward(2 * error @ weight / error.numel(), 2 * error.t() @ x / error.numel())
+        return error.pow(2).mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        of_x, of_weight = ctx.saved_tensors
+        return g * of_x, g * of_weight, None
+
+
+class Masked(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        mask = (torch.rand_like(x) > p).to(x.dtype)
+        return x.sin() * mask, mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> Any:
+        x, mask = ctx.saved_tensors
+        return g * x.cos() * mask, None
+
+
+class Clipped(OldStyle):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-1, 1)
+
+
+class Rounded(OldStyle):
+    """The gradient of its forward code but for rounding, of which only its author knows that it is harmless."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (1 + 1e-4)
+
+
 def through(function: Callable[[Tensor], Tensor]) -> Loss:
     return lambda model, x, y: mse(model[2](function(model[1](model[0](x)))), y)  # type: ignore[index]
 
@@ -587,6 +685,8 @@ FUNCTIONS: dict[str, tuple[str, Loss]] = {
     "detaches": ("Detached", through(Detached.apply)),
     "enables gradients": ("WithGradients", through(WithGradients.apply)),
     "nested": ("Around", through(Around.apply)),
+    "clips": ("Clipped", through(Clipped.apply)),
+    "rounds": ("Rounded", through(Rounded.apply)),
     "disabled for the compiler": ("Identity", through(torch.compiler.disable(Identity.apply))),
     "of a view": ("Identity", through(lambda h: Identity.apply(h.view(-1)).view_as(h))),
     "of a weight": (
@@ -601,6 +701,57 @@ FUNCTIONS: dict[str, tuple[str, Loss]] = {
         lambda model, x, y: mse(OfWeightsWithGradients.apply(x.clone().requires_grad_(), model), y),
     ),
 }
+
+
+FOLLOWED: dict[str, tuple[Loss, Loss]] = {
+    "activation": (through(Swish.apply), through(F.silu)),
+    "in place": (through(lambda h: Doubled.apply(h * 1)), through(lambda h: h * 2)),
+    "fused loss": (
+        lambda model, x, y: FusedLoss.apply(model[1](model[0](x)), model[2].weight, y),  # type: ignore[index]
+        lambda model, x, y: mse(F.linear(model[1](model[0](x)), model[2].weight), y),  # type: ignore[index]
+    ),
+    "nested": (through(lambda h: Swish.apply(Swish.apply(h))), through(lambda h: F.silu(F.silu(h)))),
+    "random": (through(lambda h: Masked.apply(h, 0.3)[0]), through(lambda h: Masked.apply(h, 0.3)[0])),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_custom_function_is_followed_if_its_gradient_is_that_of_its_forward_code(name: str) -> None:
+    model, x, y, d = problem()
+    loss, same = FOLLOWED[name]
+    assert_right(model, lambda: loss(model, x, y), d, lambda: same(model, x, y))
+
+
+def test_a_custom_function_that_the_user_trusts_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jets.functions, "_trusted", set())
+    model, x, y, d = problem()
+    assert jets.trust(Rounded) is Rounded
+    assert_right(model, lambda: through(Rounded.apply)(model, x, y), d, lambda: mse(model(x), y))
+    with pytest.raises(TypeError, match=r"trust\(\) takes a class"):
+        jets.trust(Rounded.apply)
+
+
+SCRIPTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda x, bias: torch.tanh(x + bias) * bias,
+    "detach": lambda x, bias: (x + bias) * x.detach(),
+    "in place": lambda x, bias: (x * x + 1).pow_(-0.5) + bias,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_functions_of_torchscript_are_followed(name: str) -> None:
+    """They take weights, which no function mode replaces, and stop derivatives where no function mode sees it."""
+    model, x, y, d = problem()
+    script = torch.jit.trace(SCRIPTS[name], (torch.randn(6, 5), torch.randn(5)))
+    assert_right(model, lambda: mse(model[2](script(model[0](x), model[0].bias)), y), d)  # type: ignore[index]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_what_a_function_of_torchscript_calls_is_refused_by_name() -> None:
+    model, x, _, d = problem()
+    script = torch.jit.trace(lambda x: x @ torch.geqrf(x)[0].t(), torch.randn(6, 3))
+    assert_refused(r"TorchScript.*aten.geqrf", model, lambda: script(model(x)).sum(), d)
 
 
 def hooked(register: Callable[[Tensor], Any]) -> Loss:

@@ -18,8 +18,11 @@ One forward pass without a graph then gives the loss, its slope and its curvatur
 
 `JetMode` runs a model on jets in place of its parameters.
 
-Each operator needs an operator rule or a decomposition into operators that have one. An operator without either raises
-`UnsupportedOperation`. To add an operator rule, write the operator in terms of operators that have one:
+An operator has an operator rule where speed matters. Any other one that autograd can differentiate twice needs none:
+autograd records that operator alone, on plain tensors, and its first and second derivatives are read off and held to
+differences of its values in float64, once for each kind of call (`general`, `verification`). What is left raises
+`UnsupportedOperation`: operators whose derivative autograd cannot differentiate again, or has otherwise than their
+values. To add an operator rule, write the operator in terms of operators that have a derivative:
 
     >>> @torch.library.custom_op("toy::cube", mutates_args=())
     ... def cube(x: torch.Tensor) -> torch.Tensor:
@@ -41,10 +44,14 @@ An operator rule can also compute the derivatives itself. This one is for an ope
     >>> jets.derivatives(reverse(jets.Jet(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]))))
     (tensor([2., 1.]), tensor([1., 0.]), None)
 
+A custom `autograd.Function` is followed through its forward code if the gradient that it defines is the derivative of
+that code, which is compared at each measurement; `trust` takes it on the user's word.
+
 The modules in `gen_dist.jets.rules` hold the operator rules of PyTorch's own operators.
 """
 
 from gen_dist.jets import dispatch, rules  # noqa: F401 - imported to register the operator rules
+from gen_dist.jets.functions import trust
 from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, noting_casts, velocity_only
 from gen_dist.jets.mode import JetMode, NeedsGraph
 from gen_dist.jets.registry import rule
@@ -57,5 +64,6 @@ __all__ = [
     "derivatives",
     "noting_casts",
     "rule",
+    "trust",
     "velocity_only",
 ]

@@ -50,12 +50,14 @@ class Adopted:
         if base_of(tensor) is not whole:
             why = "shares memory with a tensor that a moving value was written into"
             raise UnsupportedOperation("a tensor that is no view, but", why)
-        size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset() - whole.storage_offset()
+        size, stride = tensor.size(), tensor.stride()
+        of_pairs = whole.is_complex() and not tensor.is_complex()  # by `view_as_real`, `real` or `imag`
+        offset = tensor.storage_offset() - whole.storage_offset() * (2 if of_pairs else 1)
 
         def view(x: Tensor) -> Tensor:
             if x.stride() != jet.value.stride():
                 x = torch.empty_strided(x.shape, jet.value.stride(), dtype=x.dtype, device=x.device).copy_(x)
-            return x.as_strided(size, stride, offset)
+            return (torch.view_as_real(x) if of_pairs else x).as_strided(size, stride, offset)
 
         return jet.viewed(view(jet.value), view)
 

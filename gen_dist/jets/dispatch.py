@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
+from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, derivatives, shaped_like, stops_derivatives, values
 from gen_dist.jets.registry import (
     CHOSEN,
     CONSTANT,
     FACTORIES,
     LINEAR,
+    OF_COMPLEX,
     RULES,
-    decomposition,
     functional_form,
     linear,
     view_of_derivative,
 )
-from gen_dist.torch_private import Operator, name_of, schema_of, without_torch_dispatch
+from gen_dist.jets.unwritten import through_unwritten
+from gen_dist.torch_private import Operator, is_view, name_of, schema_of, without_torch_dispatch
 
 __all__ = ["rule_for"]
 
@@ -41,22 +42,36 @@ def _choose(operator: Operator) -> Callable[..., Any]:
     if torch.Tag.inplace_view in operator.tags:
         return _in_place_view(operator)
     if name in RULES:
-        return _skipping_constants(operator, RULES[name])
+        return _skipping_constants(operator, _or_general(RULES[name], name in OF_COMPLEX))
     if name in CONSTANT:
         return lambda *args, **kwargs: operator(*values(args), **values(kwargs))
     if name in FACTORIES:
         return lambda *args, **kwargs: Jet(operator(*values(args), **values(kwargs)))
     if schema.is_mutable:
         return _in_place(operator)
+    if is_view(operator):
+        return _view(operator) if "nested" not in name else _skipping_constants(operator, _refuse)
     if name in LINEAR:
-        if schema.returns[0].alias_info is not None:
-            return _view(operator)
-        return _skipping_constants(operator, linear(operator))
-    return _skipping_constants(operator, decomposition(operator) or _refuse)
+        return _skipping_constants(operator, _or_general(linear(operator), True))
+    return _skipping_constants(operator, through_unwritten)
+
+
+def _or_general(rule: Callable[..., Any], of_complex: bool) -> Callable[..., Any]:
+    """The operator rule, and the general one for arguments that it does not cover."""
+
+    def apply(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+        if of_complex or not any(type(x) is Jet and x.value.is_complex() for x in args):
+            try:
+                return rule(operator, *args, **kwargs)
+            except NotCovered:
+                pass
+        return through_unwritten(operator, *args, **kwargs)
+
+    return apply
 
 
 def _refuse(operator: Operator, *args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedOperation(operator)
+    raise UnsupportedOperation(operator, "makes a nested tensor of values that move")
 
 
 def _settled(argument: Any) -> Any:
@@ -89,11 +104,13 @@ def _skipping_constants(operator: Operator, rule: Callable[..., Any]) -> Callabl
 def _view(operator: Operator) -> Callable[..., Any]:
     """A view of a jet: views of its value and of its derivatives, with a reference to their source."""
 
-    alias = name_of(operator) == "alias"
+    name = name_of(operator)
+    if name == "_conj":  # inside `__torch_dispatch__`, no operator resolves a lazy conjugate
+        operator = torch.ops.aten.conj_physical.default
 
     def apply(source: Any, *args: Any, **kwargs: Any) -> Any:
         value = operator(source.value, *args, **kwargs)
-        if alias and stops_derivatives():
+        if stops_derivatives(name):
             return value
 
         def jet(value: Tensor, index: int | None) -> Jet:
@@ -118,6 +135,8 @@ def _in_place(operator: Operator) -> Callable[..., Any]:
         args = tuple(_settled(x) for x in args)
         kwargs = {key: _settled(x) for key, x in kwargs.items()}
         moves = any(map(_moves, args)) or any(map(_moves, kwargs.values()))
+        if isinstance(target, list):
+            return _each_in_place(operator, target, *args, **kwargs)
         if not isinstance(target, Jet):
             if moves:
                 why = "writes a value that depends on the parameters into a tensor made outside the model"
@@ -129,11 +148,25 @@ def _in_place(operator: Operator) -> Callable[..., Any]:
         if functional is None:
             raise UnsupportedOperation(operator)
         value, *moved = derivatives(functional(target, *args, **kwargs))
-        target.value.copy_(value)
-        target.write((shaped_like(target.value, moved[0]), shaped_like(target.value, moved[1])))
+        _overwrite(target, value, moved)
         return target
 
     return apply
+
+
+def _overwrite(target: Jet, value: Tensor, moved: list[Tensor | None]) -> None:
+    target.value.copy_(value)
+    target.write((shaped_like(target.value, moved[0]), shaped_like(target.value, moved[1])))
+
+
+def _each_in_place(operator: Operator, targets: list[Any], *args: Any, **kwargs: Any) -> None:
+    """A write into each tensor of a list, as `torch._foreach_add_` does."""
+    functional = functional_form(operator)
+    if functional is None or not all(isinstance(target, Jet) for target in targets):
+        raise UnsupportedOperation(operator)
+    for target, result in zip(targets, functional(targets, *args, **kwargs), strict=True):
+        value, *moved = derivatives(result)
+        _overwrite(target, value, moved)
 
 
 def _into_out(operator: Operator) -> Callable[..., Any]:

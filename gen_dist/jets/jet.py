@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
 _stopping: ContextVar[bool] = ContextVar("stopping", default=False)
+_in_script: ContextVar[list[UnsupportedOperation] | None] = ContextVar("in_script", default=None)
 _casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
@@ -35,16 +36,33 @@ class UnsupportedOperation(NotImplementedError):
 
     def __init__(self, operation: object, why: str = "has no verified second derivative") -> None:
         self.reason = f"{operation} {why}"
+        raised = _in_script.get()
+        if raised is not None:
+            raised.append(self)
         super().__init__(
             f"{self.reason}, so 'exact' and 'gauss-newton' curvature cannot pass through it: "
             "use curvature='forward', which only needs the values of the loss"
         )
 
 
+class NotCovered(Exception):
+    """Raised by an operator rule for arguments that it does not cover: the general rule takes them."""
+
+
 @contextlib.contextmanager
 def velocity_only() -> Iterator[None]:
     """Context manager that cuts jets to first order: operator rules compute no accelerations."""
     token = _velocity_only.set(True)
+    try:
+        yield
+    finally:
+        _velocity_only.reset(token)
+
+
+@contextlib.contextmanager
+def with_acceleration() -> Iterator[None]:
+    """Context manager that undoes `velocity_only` inside."""
+    token = _velocity_only.set(False)
     try:
         yield
     finally:
@@ -113,6 +131,13 @@ class Jet(Tensor):
                 self._writes += 1
         return self._derivatives
 
+    @staticmethod
+    def unknown(value: Tensor, what: str) -> Jet:
+        """Return a jet whose derivatives raise `UnsupportedOperation` where they are asked for."""
+        jet = Jet(value)
+        jet._source = (cast(Any, _Unknown(what)), lambda x: x, 0)
+        return jet
+
     @property
     def velocity(self) -> Tensor | None:
         return self.current()[0]
@@ -125,8 +150,14 @@ class Jet(Tensor):
     def is_view(self) -> bool:
         return self._source is not None
 
+    @property
+    def is_unknown(self) -> bool:
+        return self._source is not None and isinstance(self._source[0], _Unknown)
+
     def viewed(self, value: Tensor, view: Callable[[Tensor], Tensor]) -> Jet:
         """Return a view of this jet. `value` is the view of `self.value`, and `view` takes it of a derivative."""
+        if self._source is not None and isinstance(self._source[0], _Unknown):
+            return Jet.unknown(value, self._source[0].what)
         velocity, acceleration = self.current()
         result = Jet(value, applied(view, velocity), applied(view, acceleration))
         result._source = (self, view, self._writes)
@@ -167,6 +198,16 @@ class Jet(Tensor):
         return cls.rule_for(operator)(*args, **(kwargs or {}))
 
 
+class _Unknown:
+    """In place of the source of a jet."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def current(self) -> Derivatives:
+        raise UnsupportedOperation(self.what, "is used")
+
+
 def derivatives(x: Any) -> tuple[Any, Any, Any]:
     """Return `(x, x', x'')` for a jet, and `(x, None, None)` for anything else."""
     return (x.value, *x.current()) if isinstance(x, Jet) else (x, None, None)
@@ -181,7 +222,7 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
     """Return `x` as a constant along the line. With `wrapped`, any tensor may hold a jet, else a subclass."""
     if isinstance(x, Jet):
         return x.value
-    if not wrapped and type(x) in (Tensor, torch.nn.Parameter):
+    if (not wrapped and type(x) in (Tensor, torch.nn.Parameter)) or x.is_nested:  # no jet is nested
         return x
     token = _stopping.set(True)
     try:
@@ -191,9 +232,23 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
         _stopping.reset(token)
 
 
-def stops_derivatives() -> bool:
-    """Whether `without_derivatives` asks for an alias."""
-    return _stopping.get()
+@contextlib.contextmanager
+def running_script() -> Iterator[list[UnsupportedOperation]]:
+    """Context manager in which the operator `detach` stops derivatives: no function mode sees TorchScript call it.
+
+    It gives the list of the errors raised inside, of which the interpreter makes others.
+    """
+    raised: list[UnsupportedOperation] = []
+    token = _in_script.set(raised)
+    try:
+        yield raised
+    finally:
+        _in_script.reset(token)
+
+
+def stops_derivatives(name: str) -> bool:
+    """Whether the operator of this name stops derivatives now: an alias where `without_derivatives` asks for it."""
+    return (_stopping.get() and name == "alias") or (_in_script.get() is not None and name == "detach")
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:
@@ -244,8 +299,10 @@ def _write_through(
     """Return the source's derivative after a write to its view, as a new tensor, since derivatives may be shared."""
     if before is None and written is None:
         return None
-    after = torch.zeros_like(like) if before is None else torch.empty_like(like).copy_(before)
+    after = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    after = after.zero_() if before is None else after.copy_(before)
     part = view(after)
-    assert part.untyped_storage().data_ptr() == after.untyped_storage().data_ptr(), "the view made a copy"
+    if part.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
+        raise UnsupportedOperation("a write through a view that jets hold as a copy", "cannot be followed")
     part.copy_(torch.zeros((), dtype=like.dtype, device=like.device) if written is None else written)
     return after

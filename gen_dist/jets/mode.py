@@ -12,8 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from gen_dist.jets.adopted import Adopted
 from gen_dist.jets.bodies import body_of
-from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, values
+from gen_dist.jets.functions import is_known
+from gen_dist.jets.general import jets_in
+from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
+from gen_dist.jets.rules.recurrent import covered, recurrent
 from gen_dist.jets.stops import Stops, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
@@ -24,6 +27,8 @@ from gen_dist.torch_private import (
     transforms_are_active,
     watch_autograd_functions,
     watch_backward,
+    watch_scripts,
+    without_torch_function,
 )
 
 __all__ = ["JetMode", "NeedsGraph"]
@@ -53,8 +58,8 @@ class JetMode(TorchFunctionMode):
     raises `NeedsGraph`; with `tracks`, autograd records all that depends on weights, which takes the memory of a
     training step.
 
-    What defines another gradient than that of the forward code raises `UnsupportedOperation`: a custom
-    `torch.autograd.Function`, and a backward hook.
+    What defines another gradient than that of the forward code raises `UnsupportedOperation`: a backward hook, and a
+    custom `torch.autograd.Function` whose gradient is found to be another one.
     """
 
     def __init__(self, table: dict[int, Tensor], tracks: bool = False) -> None:
@@ -78,6 +83,7 @@ class JetMode(TorchFunctionMode):
                     jet.requires_grad_()
         watch_autograd_functions(self._forward)
         watch_backward(_refuse_backward)
+        watch_scripts(self._script)
         replace_what_transforms_wrap(self._replaced)
         super().__enter__()
         return self
@@ -94,6 +100,7 @@ class JetMode(TorchFunctionMode):
         self._has_left = True
         watch_autograd_functions(None)
         watch_backward(None)
+        watch_scripts(None)
         replace_what_transforms_wrap(None)
         if self in active_function_modes():
             while self in active_function_modes():  # more than once, if an interrupt has cut a body short
@@ -118,7 +125,7 @@ class JetMode(TorchFunctionMode):
                 return ANSWERS[function](function, given, *args, **kwargs)
             if function is torch.autograd.grad:
                 return self._gradient(*args, **kwargs)
-        if (special and function in DETACH) or self._stops.at(args, kwargs):
+        if (special and function in DETACH and not self._stops.follow) or self._stops.at(args, kwargs):
             return function(*constant(args), **constant(kwargs))
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
@@ -134,6 +141,8 @@ class JetMode(TorchFunctionMode):
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if function in recurrent_kernels:
+            if covered(function, args):
+                return recurrent(function, *args)
             # A fused recurrent kernel is one operator without an operator rule. Unfused, it is several that have one.
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return function(*args, **kwargs)
@@ -194,7 +203,24 @@ class JetMode(TorchFunctionMode):
         if not self._stops.now:
             found = [self._stand_in(x) for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
             moving = any(moves(x) or is_wrapped_by_a_transform(x) for x in found)
-        return self._stops.run_forward(function, forward, args, kwargs, moving)
+        if moving and not is_known(function):
+            args, kwargs = self._replaced(args), self._replaced(kwargs)
+        with without_torch_function():  # which would answer for autograd
+            tracked = any(jet.requires_grad for jet in jets_in((args, kwargs)))
+        return self._stops.run_forward(function, forward, args, kwargs, moving, tracked)
+
+    def _script(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._replaced(args), self._replaced(kwargs)
+        if self._stops.at(args, kwargs):
+            return run(*constant(args), **constant(kwargs))
+        with running_script() as raised:
+            try:
+                return run(*args, **kwargs)
+            except RuntimeError as error:  # the interpreter makes it of all errors
+                if not raised:
+                    raise
+                why = f"calls what jets refuse ({raised[0].reason})"
+                raise UnsupportedOperation("a function of TorchScript", why) from error
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
 

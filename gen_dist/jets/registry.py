@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, note_cast
-from gen_dist.torch_private import Operator, decompositions, is_composite, name_of, overload_name_of
+from gen_dist.jets.jet import Jet, NotCovered, UnsupportedOperation, as_jet, derivatives, note_cast
+from gen_dist.torch_private import Operator, name_of, schema_of
 
 aten = torch.ops.aten
 
@@ -38,10 +38,11 @@ def rule(*names: str) -> Callable[[OperatorRule], OperatorRule]:
 # The result does not move with the arguments: booleans, integers, shapes, piecewise constant functions.
 CONSTANT = frozenset(
     "eq ne lt le gt ge argmax argmin argsort isnan isinf isfinite isposinf isneginf sign sgn signbit floor ceil round "
-    "trunc floor_divide logical_and logical_or logical_not logical_xor any all nonzero count_nonzero equal is_nonzero "
-    "_local_scalar_dense bernoulli multinomial heaviside searchsorted bucketize one_hot zero item isclose allclose "
-    "is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor sym_size sym_stride sym_numel sym_storage_offset "
-    "_assert_tensor_metadata _assert_async _has_same_storage_numel".split()
+    "trunc floor_divide normal normal_functional poisson binomial logical_and logical_or logical_not logical_xor any "
+    "all nonzero count_nonzero equal is_nonzero _local_scalar_dense bernoulli multinomial heaviside searchsorted "
+    "bucketize one_hot zero item isclose allclose is_same_size bitwise_and bitwise_or bitwise_not bitwise_xor "
+    "sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata _assert_async "
+    "_has_same_storage_numel".split()
 )
 
 # The result is a new tensor, shaped like a jet. It is a jet without derivatives, since the program may write into it.
@@ -61,6 +62,13 @@ LINEAR = frozenset(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa im2col col2im "
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle block_diag movedim".split()
+)
+
+# The operator rules that hold for complex numbers too, which is not so where a derivative conjugates.
+OF_COMPLEX = frozenset(
+    "abs add sub rsub mul div mm bmm dot mv vdot addmm baddbmm addmv addr addcmul addcdiv where masked_fill copy fill "
+    "native_dropout convolution slice_scatter select_scatter diagonal_scatter index_put _unsafe_index_put "
+    "masked_scatter index_add index_copy scatter scatter_add embedding".split()
 )
 
 
@@ -87,11 +95,16 @@ def linear(operator: Operator) -> Callable[..., Any]:
     return apply
 
 
+def for_backward(statistic: Tensor) -> Tensor:
+    """Return what an operator keeps for its backward pass, whose derivatives no rule computes. There is none."""
+    return Jet.unknown(statistic, "what an operator keeps for a gradient, in a loss that takes gradients,")
+
+
 def refuse_jets(operator: Operator, others: Iterable[Any]) -> None:
-    """Raise `UnsupportedOperation` if one of the arguments after the first is a jet."""
+    """Raise `NotCovered` if one of the arguments after the first is a jet."""
     for argument in others:
         if isinstance(argument, Jet):
-            raise UnsupportedOperation(operator, "has a moving argument besides its first one")
+            raise NotCovered(operator)
 
 
 def _part(x: Any, k: int) -> Any:
@@ -109,6 +122,8 @@ def _of_part(operator: Operator, part: Any, args: Any, kwargs: Any) -> Any:
         return None
     if name_of(operator) == "constant_pad_nd":
         return operator(part, args[0])  # derivatives are padded with zeros
+    if name_of(operator) == "_unsafe_view":  # the strides of a derivative may differ
+        return part.reshape(args[0])
     return operator(part, *args, **kwargs)
 
 
@@ -120,7 +135,9 @@ def view_of_derivative(operator: Operator, value: Tensor, x: Tensor, *args: Any,
             raise UnsupportedOperation(operator, "reinterprets the bits of a value that moves")
         return x.reshape(args[0])
     if name == "as_strided":
-        same_layout = torch.empty_strided(value.shape, value.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        same_layout = x
+        if x.stride() != value.stride():
+            same_layout = torch.empty_strided(value.shape, value.stride(), dtype=x.dtype, device=x.device).copy_(x)
         size, stride, *offset = args
         start = (offset[0] if offset else value.storage_offset()) - value.storage_offset()
         return same_layout.as_strided(size, stride, start)
@@ -133,24 +150,13 @@ def functional_form(operator: Operator) -> Callable[..., Any] | None:
     if name in ("bernoulli_", "normal_", "uniform_", "exponential_", "random_", "log_normal_", "geometric_"):
         return lambda x, *args, **kwargs: operator(x.value, *args, **kwargs)
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return packet if packet is None else getattr(packet, overload_name_of(operator), packet)
-
-
-def decomposition(operator: Operator) -> Callable[..., Any] | None:
-    """Return PyTorch's reduction of the operator to simpler ones as an operator rule, or None if there is none."""
-    steps = decompositions.get(operator)
-    if steps is None and is_composite(operator):
-        steps = operator.decompose
-    if steps is None:
+    if packet is None:
         return None
+    wanted = _types(operator)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return next((overload for overload in overloads if _types(overload) == wanted), packet)
 
-    def apply(_: Operator, *args: Any, **kwargs: Any) -> Any:
-        try:
-            result = steps(*args, **kwargs)
-        except UnsupportedOperation as error:  # it names a step, which the user does not know
-            raise UnsupportedOperation(operator) from error
-        if result is NotImplemented:
-            raise UnsupportedOperation(operator)
-        return result
 
-    return apply
+def _types(operator: Operator) -> list[tuple[str, str]]:
+    """The types and names of the arguments: `pow_.Scalar` takes a number as exponent, `pow.Scalar` as base."""
+    return [(argument.name, str(argument.type)) for argument in schema_of(operator).arguments]

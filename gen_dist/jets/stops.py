@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_dist.jets.functions import follow, is_known
 from gen_dist.jets.jet import Jet, UnsupportedOperation, without_derivatives
 from gen_dist.torch_private import (
     backward_hook_function,
@@ -28,6 +29,7 @@ class Stops:
         self._level = 0  # how many transforms of torch.func there were when it entered that region
         self._outer: list[bool] = []
         self._functions: list[type] = []  # autograd.Functions whose forward runs
+        self._followed: list[type] = []  # those of them whose gradient will be held to that of the forward code
 
     @property
     def now(self) -> bool:
@@ -45,8 +47,19 @@ class Stops:
             return False
         if not self._functions:
             return True
-        _refuse_custom(self._functions[-1])
+        self._refuse_custom(self._functions[-1])
         return False
+
+    @property
+    def follow(self) -> bool:
+        """Whether the forward code of a custom autograd.Function runs, in which nothing stops."""
+        return bool(self._followed) and self._functions[-1] is self._followed[-1]
+
+    def _refuse_custom(self, function: type) -> None:
+        """Raise, unless the function defines the gradient of its forward code."""
+        if not is_known(function) and function not in self._followed:
+            name = f"the custom autograd.Function '{function.__name__}'"
+            raise UnsupportedOperation(name, "may define another gradient than that of its forward code")
 
     def switch_gradients(self, enabled: bool) -> Any:
         """Switch gradients on or off, and record that the program enters or leaves `no_grad` or `enable_grad`.
@@ -68,26 +81,32 @@ class Stops:
             # a transform of torch.func enables gradients for itself, inside a `no_grad` region too
             self.inside = self.inside and transform_level() > self._level
             if self._functions and not self._outer[-1]:
-                _refuse_custom(self._functions[-1])
+                self._refuse_custom(self._functions[-1])
         elif before and not enabled:
             if not self.inside:
                 self._level = transform_level()
             self.inside = self._outer.pop() if self._outer else True
         return set_grad_enabled(enabled)
 
-    def run_forward(self, function: type, forward: Callable[..., Any], args: Any, kwargs: Any, moving: bool) -> Any:
-        """Run the forward of an autograd.Function; refuse one that may have another gradient, where jets enter it."""
-        if moving:
-            if issubclass(function, backward_hook_function):
-                why = "may return another gradient than that of the forward code"
-                raise UnsupportedOperation("a full backward hook of a module", why)
-            _refuse_custom(function)
-        stops = self.now
+    def run_forward(
+        self, function: type, forward: Callable[..., Any], args: Any, kwargs: Any, moving: bool, tracked: bool
+    ) -> Any:
+        """Run the forward of an autograd.Function; refuse one that has another gradient, where jets enter it."""
+        if moving and issubclass(function, backward_hook_function):
+            why = "may return another gradient than that of the forward code"
+            raise UnsupportedOperation("a full backward hook of a module", why)
+        stops, custom = self.now, moving and not is_known(function)
+        checked = custom and not self.follow  # inside of the forward code of another one, its gradient is not used
+        if checked and tracked:  # in a loss that takes gradients
+            self._refuse_custom(function)
         self._functions.append(function)
+        self._followed += [function] if custom else []
         try:
-            result = forward(*args, **kwargs)
+            result = follow(function, forward, args, kwargs) if checked else forward(*args, **kwargs)
         finally:
             self._functions.pop()
+            if custom:
+                self._followed.pop()
         return constant(result) if stops else result
 
 
@@ -110,10 +129,3 @@ def leaves(arguments: Any) -> Iterator[Any]:
         yield from leaves(list(arguments.values()))
     else:
         yield arguments
-
-
-def _refuse_custom(function: type) -> None:
-    """Raise, unless the function is one of PyTorch's own, which define the gradient of their forward code."""
-    if not function.__module__.startswith("torch."):
-        name = f"the custom autograd.Function '{function.__name__}'"
-        raise UnsupportedOperation(name, "may define another gradient than that of its forward code")

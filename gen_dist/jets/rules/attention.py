@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from gen_dist.jets.jet import UnsupportedOperation, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.products import matrix_product
-from gen_dist.torch_private import Operator, arguments_by_name, schema_of
+from gen_dist.torch_private import Operator, arguments_by_name, name_of, schema_of
 
 # How many scores are in memory at once, or the scores of one head if that is more. A GPU gets larger parts, since
 # each part costs kernel launches.
@@ -46,7 +47,11 @@ def _attention(operator: Operator, query: Any, key: Any, value: Any, *args: Any,
     for q, k, v in zip(*(x.split(batch) for x in (query, key, value)), strict=True):
         of_heads = q.split(heads, 1), k.split(heads // how.groups, 1), v.split(heads // how.groups, 1)
         rows.append(_joined([_mixed(*some, how) for some in zip(*of_heads, strict=True)], 1))
-    return (_joined(rows, 0), *(torch.empty(0) for _ in schema_of(operator).returns[1:]))
+    mixed = _joined(rows, 0)
+    order = _order_of_result(operator, _order(query))
+    if order != _order(mixed):
+        mixed = mixed.permute(order).contiguous().permute([order.index(k) for k in range(4)])
+    return (mixed, *(torch.empty(0) for _ in schema_of(operator).returns[1:]))
 
 
 @rule(
@@ -59,6 +64,25 @@ def _attention(operator: Operator, query: Any, key: Any, value: Any, *args: Any,
 def _gradient(operator: Operator, *args: Any, **kwargs: Any) -> Any:
     """A loss that takes a gradient itself comes here. What the operator keeps for it is not computed."""
     raise UnsupportedOperation(operator, "inside a loss that takes gradients has no operator rule")
+
+
+def _order(x: Any) -> tuple[int, ...]:
+    """Return the dimensions, the largest stride first."""
+    return tuple(sorted(range(x.dim()), key=lambda k: -x.stride(k)))
+
+
+@functools.cache
+def _order_of_result(operator: Operator, order: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the order in which an operator lays out its result, for a query of this order.
+
+    A program sees it where it draws a mask of dropout, which fills memory one element after another.
+    """
+    if name_of(operator) == "_scaled_dot_product_efficient_attention":
+        return 0, 2, 1, 3
+    if name_of(operator) != "_scaled_dot_product_flash_attention_for_cpu":
+        return order
+    small = torch.zeros(2, 2, 2, 2).permute([order.index(k) for k in range(4)])  # kernels differ between versions
+    return _order(operator(small, small, small)[0])
 
 
 class _Settings(NamedTuple):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gen_dist.jets.jet import Jet, applied, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, refuse_jets, rule
+from gen_dist.jets.rules.terms import times
+from gen_dist.jets.unwritten import through_autograd
 from gen_dist.torch_private import Operator
 
 
@@ -79,7 +81,7 @@ def _silu_second(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    straight = beta * x > threshold
+    straight = beta * x >= threshold
     return _logistic_slope_(torch.mul(x, beta).sigmoid_()).mul_(beta).masked_fill_(straight, 0)
 
 
@@ -103,7 +105,7 @@ def _logistic_slope_(s: Tensor) -> Tensor:
 
 
 def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
-    return torch.where(x > 0, 0.0, (alpha * scale * input_scale**2) * torch.exp(input_scale * x)).to(x.dtype)
+    return torch.where(x >= 0, 0.0, (alpha * scale * input_scale**2) * torch.exp(input_scale * x)).to(x.dtype)
 
 
 def _inside(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -124,7 +126,6 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "hardtanh": Elementwise(tangent=lambda v, x, y, low=-1, high=1: aten.hardtanh_backward(v, x, low, high)),
     "hardshrink": Elementwise(tangent=lambda v, x, y, limit=0.5: aten.hardshrink_backward(v, x, limit)),
     "softshrink": Elementwise(tangent=lambda v, x, y, limit=0.5: aten.softshrink_backward(v, x, limit)),
-    "abs": Elementwise(first=lambda x, y: torch.sign(x)),
     "clamp": Elementwise(first=lambda x, y, low=None, high=None: _inside(x, low, high)),
     "clamp_min": Elementwise(first=lambda x, y, low: _inside(x, low)),
     "clamp_max": Elementwise(first=lambda x, y, high: _inside(x, None, high)),
@@ -183,16 +184,26 @@ def _slope_of_power(x: Tensor, exponent: Any) -> Tensor:
 _to_constant_power = elementwise_rule(
     Elementwise(
         first=lambda x, y, n: _slope_of_power(x, n),
-        second=lambda x, y, n: torch.zeros_like(x) if n == 1 else n * _slope_of_power(x, n - 1),
+        second=lambda x, y, n: torch.zeros_like(x) if n in (0, 1) else n * _slope_of_power(x, n - 1),
     )
 )
+
+
+@rule("abs")
+def _abs(operator: Operator, x: Any) -> Any:
+    if x.is_complex():  # the norm of a pair, whose derivatives are zero at zero
+        return torch.linalg.vector_norm(torch.view_as_real(x), dim=-1)
+    return _abs_of_real(operator, x)
+
+
+_abs_of_real = elementwise_rule(Elementwise(first=lambda x, y: torch.sign(x)))
 
 
 @rule("pow")
 def _pow(operator: Operator, base: Any, exponent: Any) -> Any:
     if isinstance(base, Jet) and not isinstance(exponent, Tensor):
         return _to_constant_power(operator, base, exponent)
-    return torch.exp(exponent * (torch.log(base) if isinstance(base, Tensor) else math.log(base)))
+    return through_autograd(operator, base, exponent)
 
 
 @rule("log_sigmoid_forward")
@@ -202,14 +213,19 @@ def _log_sigmoid(operator: Operator, x: Jet) -> Any:
     return chain(value, lambda v: s * v, lambda: -s * (1 - s), x), buffer
 
 
+@rule("log_sigmoid_backward")
+def _log_sigmoid_backward(_: Operator, gradient: Any, x: Any, buffer: Any) -> Any:
+    """Where a loss takes a gradient itself. The buffer holds a function of `x`, as if it were a constant."""
+    return gradient * torch.sigmoid(-x)
+
+
 @rule("_prelu_kernel")
 def _prelu(_: Operator, x: Any, weight: Any) -> Any:
-    return torch.where(derivatives(x)[0] > 0, x, weight * x)
-
-
-@rule("atan2")
-def _atan2(_: Operator, y: Any, x: Any) -> Any:
-    turned = torch.atan2(derivatives(y)[0], derivatives(x)[0])
-    # In coordinates rotated by `turned`, a constant, the angle is zero at this point, and `atan` gives its change.
-    c, s = torch.cos(turned), torch.sin(turned)
-    return turned + torch.atan((c * y - s * x) / (c * x + s * y))
+    """As `x` or `w x`. At zero, where the slope is `w`, autograd has no second derivative."""
+    x0, x1, _ = derivatives(x)
+    jet = torch.where(x0 > 0, x, weight * x)
+    value, velocity, acceleration = derivatives(jet)
+    mixed = times(x1, derivatives(weight)[1])
+    if acceleration is None or mixed is None:
+        return jet
+    return as_jet(value, velocity, torch.where(x0 == 0, acceleration - 2 * mixed, acceleration))

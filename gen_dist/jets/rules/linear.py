@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives
 from gen_dist.jets.registry import rule
+from gen_dist.jets.rules.products import moved_product
 from gen_dist.jets.rules.terms import mapped
-from gen_dist.torch_private import Operator, arguments_by_name
+from gen_dist.torch_private import Operator, arguments_by_name, schema_of
 
 
 @rule("where")
@@ -74,12 +75,37 @@ def _pack_padded_sequence(operator: Operator, x: Any, lengths: Tensor, batch_fir
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def _embedding_bag(operator: Operator, weight: Any, *args: Any, **kwargs: Any) -> Any:
     given = arguments_by_name(operator, weight, *args, **kwargs)
-    if given.get("mode", 0) == 2 or isinstance(given.get("per_sample_weights"), Jet):
-        raise UnsupportedOperation(operator, "with mode 'max' or moving weights has no verified derivative")
     if given.get("scale_grad_by_freq"):
         raise UnsupportedOperation(operator, "with scale_grad_by_freq takes another gradient than that of its output")
-    value, *rest = operator(derivatives(weight)[0], *args, **kwargs)
-    return mapped(value, lambda d: operator(d, *args, **kwargs)[0], weight), *rest
+    names = [argument.name for argument in schema_of(operator).arguments[1:]]
+    settings = {name: given[name] for name in names if name in given}
+    factors = settings.pop("per_sample_weights", None)
+    w0, f0 = derivatives(weight)[0], derivatives(factors)[0]
+    value, *rest = operator(w0, **settings, per_sample_weights=f0)
+    if given.get("mode", 0) == 2:
+        largest, empty = rest[2], (rest[1] == 0).unsqueeze(-1)
+        return mapped(value, lambda d: d.gather(0, largest.clamp_min(0)).masked_fill_(empty, 0), weight), *rest
+
+    def bags(d: Tensor, f: Tensor | None) -> Tensor:
+        found: Tensor = operator(d, **settings, per_sample_weights=f)[0]
+        return found
+
+    if not isinstance(factors, Jet):
+        return mapped(value, lambda d: bags(d, f0), weight), *rest
+    return as_jet(value, *moved_product(bags, weight, factors)), *rest
+
+
+@rule("rrelu_with_noise", "rrelu_with_noise_functional")
+def _rrelu(operator: Operator, x: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Negative numbers times random slopes. The operator writes them into `noise`, with 1 for the other numbers."""
+    given = arguments_by_name(operator, x, noise, *args, **kwargs)
+    result = operator(derivatives(x)[0], noise, *args, **kwargs)
+    value, *rest = result if isinstance(result, tuple) else (result,)
+    mean = (given["lower"] + given["upper"]) / 2
+    x0 = derivatives(x)[0]
+    slope = (rest[0] if rest else noise) if given["training"] else torch.where(x0 > 0, torch.ones_like(x0), mean)
+    jet = mapped(value, lambda d: d * slope, x)
+    return (jet, *rest) if rest else jet
 
 
 def _jointly_linear(*positions: int) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gen_dist.jets.jet import derivatives
 from gen_dist.jets.registry import refuse_jets, rule
@@ -24,6 +25,19 @@ def _reduced(loss: Any, reduction: int) -> Any:
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
 
+@rule("multilabel_margin_loss_forward")
+def _multilabel_margin(operator: Operator, x: Any, target: Tensor, reduction: int) -> Any:
+    """Hinges between each class that is a target and each that is not; a row of targets ends before -1."""
+    _, is_target = operator(derivatives(x)[0], target, reduction)
+    given = target.reshape(-1, target.size(-1))
+    rows, others = x.reshape(given.shape), is_target.reshape(given.shape) == 0
+    wanted = (given >= 0).long().cumprod(1).bool()
+    gaps = 1 - rows.gather(1, given.clamp_min(0)).unsqueeze(2) + rows.unsqueeze(1)
+    counts = wanted.unsqueeze(2) & others.unsqueeze(1)
+    hinges = torch.where(counts, gaps, torch.zeros((), dtype=x.dtype, device=target.device)).clamp_min(0)
+    return _reduced((hinges.sum((1, 2)) / given.size(1)).reshape(target.shape[:-1]), reduction), is_target
+
+
 @rule("mse_loss")
 def _mse_loss(_: Operator, x: Any, target: Any, reduction: int = 1) -> Any:
     error = x - target
@@ -34,7 +48,7 @@ def _mse_loss(_: Operator, x: Any, target: Any, reduction: int = 1) -> Any:
 def _huber_loss(_: Operator, x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
     error = x - target
     size = error.abs()
-    near = derivatives(size)[0] <= delta
+    near = derivatives(size)[0] < delta
     return _reduced(torch.where(near, 0.5 * error * error, delta * size - 0.5 * delta**2), reduction)
 
 
@@ -47,12 +61,6 @@ def _smooth_l1_loss(_: Operator, x: Any, target: Any, reduction: int = 1, beta: 
     return _reduced(torch.where(near, parabola, size - 0.5 * beta), reduction)
 
 
-@rule("binary_cross_entropy")
-def _binary_cross_entropy(_: Operator, x: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
-    loss = -(target * torch.log(x).clamp_min(-100) + (1 - target) * torch.log(1 - x).clamp_min(-100))
-    return _reduced(loss if weight is None else loss * weight, reduction)
-
-
 @rule("binary_cross_entropy_with_logits")
 def _binary_cross_entropy_with_logits(
     _: Operator, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = 1
@@ -60,11 +68,3 @@ def _binary_cross_entropy_with_logits(
     scale = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
     loss = (1 - target) * x - scale * torch.nn.functional.logsigmoid(x)
     return _reduced(loss if weight is None else loss * weight, reduction)
-
-
-@rule("xlogy")
-def _xlogy(_: Operator, x: Any, y: Any) -> Any:
-    """`x log y`, which is zero where `x` is zero, whatever `y` is. `kl_div` calls it."""
-    zero = derivatives(x)[0] == 0
-    y = torch.where(torch.as_tensor(zero), torch.ones_like(derivatives(y)[0]), y)
-    return x * torch.log(y)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_dist.jets.jet import UnsupportedOperation, as_jet, derivatives, wants_acceleration
-from gen_dist.jets.registry import aten, rule
+from gen_dist.jets.registry import aten, for_backward, rule
 from gen_dist.jets.rules.terms import Term
 from gen_dist.torch_private import Operator, overload_name_of, schema_of
 
@@ -77,7 +77,7 @@ def _layer_norm(_: Operator, x: Any, shape: list[int], weight: Any, bias: Any, e
         lambda v: aten.native_layer_norm_backward(v.contiguous(), x0, shape, mean, rstd, None, None, mask)[0],
         lambda a, b: (a * b).mean(dims, keepdim=True),
     )
-    return _affine(normalisation.applied_to(x), weight, bias), _unused(), _unused()
+    return _affine(normalisation.applied_to(x), weight, bias), for_backward(mean), for_backward(rstd)
 
 
 @rule("native_group_norm")
@@ -100,7 +100,7 @@ def _group_norm(
         lambda a, b: for_elements((a * b).reshape(n, groups, -1).mean(2)),
     )
     parameters = (_for_channels(p, x0.dim()) for p in (weight, bias))
-    return _affine(normalisation.applied_to(x), *parameters), _unused(), _unused()
+    return _affine(normalisation.applied_to(x), *parameters), for_backward(mean), for_backward(rstd)
 
 
 def _unused() -> Any:

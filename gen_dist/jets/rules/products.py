@@ -25,7 +25,7 @@ def _add(operator: Operator, x: Any, y: Any, alpha: Any = 1) -> Any:
     return as_jet(value, plus(x1, scaled(y1, factor)), plus(x2, scaled(y2, factor)))
 
 
-def _moved_product(product: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Tensor | None, Tensor | None]:
+def moved_product(product: Callable[[Any, Any], Tensor], x: Any, w: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return velocity and acceleration of a bilinear function, both as new tensors."""
 
     def add_product(total: Tensor, a: Any, b: Any, factor: int) -> None:
@@ -78,13 +78,13 @@ def _div(operator: Operator, x: Any, y: Any, *, rounding_mode: str | None = None
 @rule("mm", "bmm", "dot", "mv", "vdot")
 def matrix_product(operator: Operator, x: Any, w: Any) -> Any:
     """Return the product. Its derivatives are new tensors, which the caller may overwrite."""
-    return as_jet(operator(derivatives(x)[0], derivatives(w)[0]), *_moved_product(operator, x, w))
+    return as_jet(operator(derivatives(x)[0], derivatives(w)[0]), *moved_product(operator, x, w))
 
 
 @rule("addmm", "baddbmm", "addmv", "addr")
 def _added_product(operator: Operator, bias: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     products = {"addmm": aten.mm, "baddbmm": aten.bmm, "addmv": aten.mv, "addr": aten.outer}
-    moved = _moved_product(products[name_of(operator)].default, x, w)
+    moved = moved_product(products[name_of(operator)].default, x, w)
     b0, b1, b2 = derivatives(bias)
     value = operator(b0, derivatives(x)[0], derivatives(w)[0], beta=beta, alpha=alpha)
     return as_jet(value, *(_plus_bias(m, b, alpha, beta) for m, b in zip(moved, (b1, b2), strict=True)))
@@ -97,6 +97,29 @@ def _plus_bias(product: Tensor | None, bias: Tensor | None, alpha: Any = 1, beta
     if alpha != 1:
         product.mul_(alpha)
     return product if bias is None else product.add_(bias, alpha=beta)
+
+
+@rule("_grouped_mm")
+def _grouped_product(
+    operator: Operator, x: Any, w: Any, offsets: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """Products of groups of rows, as of the experts of a mixture, with a matrix for each group."""
+    x0, w0 = derivatives(x)[0], derivatives(w)[0]
+    b0, b1, b2 = derivatives(bias)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:  # the kernel asks for aligned rows, which a derivative need not have
+        found: Tensor = operator(_laid_out(a, x0), _laid_out(b, w0), offsets, None, out_dtype)
+        return found
+
+    velocity, acceleration = moved_product(product, x, w)
+    value = operator(x0, w0, offsets, b0, out_dtype)
+    return as_jet(value, plus(velocity, b1), plus(acceleration, b2))
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_strided(x.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 @rule("addcmul")
@@ -130,7 +153,7 @@ def _trilinear(_: Operator, a: Any, b: Any, c: Any, *settings: Any) -> Any:
 def _convolution(operator: Operator, x: Any, w: Any, bias: Any, *settings: Any) -> Any:
     (b0, b1, b2), x0, w0 = derivatives(bias), derivatives(x)[0], derivatives(w)[0]
     value = operator(x0, w0, b0, *settings)
-    velocity, acceleration = _moved_product(lambda a, b: operator(a, b, None, *settings), x, w)
+    velocity, acceleration = moved_product(lambda a, b: operator(a, b, None, *settings), x, w)
     for_channels = (1, -1) + (1,) * (value.dim() - 2)
     b1, b2 = (None if b is None else b.view(for_channels) for b in (b1, b2))
     return as_jet(value, _plus_bias(velocity, b1), _plus_bias(acceleration, b2))
@@ -154,7 +177,7 @@ def _convolution_backward(
         if not wanted[index]:
             return None
         value = of(index, derivatives(gradient)[0], derivatives(other)[0])
-        return as_jet(value, *_moved_product(lambda a, b: of(index, a, b), gradient, other))
+        return as_jet(value, *moved_product(lambda a, b: of(index, a, b), gradient, other))
 
     bias = gradient.sum([0, *range(2, gradient.dim())]) if wanted[2] else None
     return moved(0, w), moved(1, x), bias

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_dist.jets.jet import Jet, UnsupportedOperation, as_jet, derivatives, wants_acceleration
+from gen_dist.jets.jet import Jet, NotCovered, as_jet, derivatives, wants_acceleration
 from gen_dist.jets.registry import aten, rule
 from gen_dist.jets.rules.elementwise import chain
-from gen_dist.jets.rules.terms import mapped, plus, times
+from gen_dist.jets.rules.terms import mapped, memory_order, plus, times
+from gen_dist.jets.unwritten import through_autograd
 from gen_dist.torch_private import Operator, arguments_by_name, name_of
 
 
@@ -63,7 +64,7 @@ def _selected(operator: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Selected elements and their indices along a dimension."""
     dim: Any = arguments_by_name(operator, x, *args, **kwargs).get("dim")
     if dim is None:
-        raise UnsupportedOperation(operator)
+        raise NotCovered
     x0 = derivatives(x)[0]
     values, indices = operator(x0, *args, **kwargs)
     dropped = values.dim() < x0.dim()
@@ -81,9 +82,10 @@ def _pooled(spatial: int) -> Callable[..., Any]:
 
     def apply(operator: Operator, x: Any, *args: Any, **kwargs: Any) -> Any:
         x0 = derivatives(x)[0]
+        order = memory_order(x0)
         if x0.device.type == "cpu" and x0.dim() == 4:  # the CPU kernel is only vectorised over channels
             x0 = x0.contiguous(memory_format=torch.channels_last)
-        values, indices = (result.contiguous() for result in operator(x0, *args, **kwargs))
+        values, indices = (result.contiguous(memory_format=order) for result in operator(x0, *args, **kwargs))
         flat = indices.flatten(-spatial)
 
         def pick(d: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def _variance(
     count = math.prod(x.size(d) for d in dims)
     centred = x - x.mean(dims, keepdim=True)
     variance = (centred * centred).sum(dims, keepdim=keepdim) / max(count - correction, 0)
-    return variance if name_of(operator) == "var" else torch.sqrt(variance)
+    return variance if name_of(operator) == "var" else _root(variance)
 
 
 @rule("var_mean", "std_mean")
@@ -183,6 +185,7 @@ def _variance_and_mean(operator: Operator, x: Any, dim: Any = None, *args: Any, 
 
 @rule("linalg_vector_norm", "norm")
 def _norm(operator: Operator, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """The usual norms. PyTorch's own derivatives of the others know what is zero at zero."""
     p = 2 if p is None else p
     dims = _dimensions(dim, x)
     if p == 2:
@@ -191,9 +194,7 @@ def _norm(operator: Operator, x: Any, p: Any = 2, dim: Any = None, keepdim: bool
         return _sum(x.abs(), dims, keepdim)
     if p == math.inf:
         return x.abs().amax(dims, keepdim)
-    if p in (0, -math.inf):
-        raise UnsupportedOperation(operator)
-    return _sum(x.abs() ** p, dims, keepdim) ** (1 / p)
+    return through_autograd(operator, x, p, dim, keepdim, **kwargs)
 
 
 def _sum(x: Any, dims: list[int], keepdim: bool) -> Any:

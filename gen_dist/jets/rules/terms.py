@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_dist.jets.jet import applied, as_jet, derivatives, wants_acceleration
@@ -28,6 +29,14 @@ def mapped(value: Tensor, linear: Callable[[Tensor], Tensor], x: Any) -> Any:
     """Return the jet of `value`, whose derivatives are those of `x` under a linear function."""
     _, x1, x2 = derivatives(x)
     return as_jet(value, applied(linear, x1), applied(linear, x2))
+
+
+def memory_order(x: Tensor) -> torch.memory_format:
+    """Return the order in which kernels for images return what they compute from `x`."""
+    for order, dim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if x.dim() == dim and x.is_contiguous(memory_format=order) and not x.is_contiguous():
+            return order
+    return torch.contiguous_format
 
 
 Term = tuple[int, Any, Any]
