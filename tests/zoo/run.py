@@ -31,6 +31,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy.random  # noqa: F401 - what a measurement imports is imported once, before the processes are forked
+import torch._dynamo
+
 sys.path[0] = str(Path(__file__).parents[1])
 
 from zoo.measure import VERDICTS, Outcome, measure, said
