@@ -33,7 +33,7 @@ ON_LINEAR: dict[str, Callable[..., Any]] = {
     "FourierFT": lambda at: peft.FourierFTConfig(target_modules=at, n_frequency=5),
     "HRA": lambda at: peft.HRAConfig(target_modules=at, r=2),
     "LN tuning": lambda at: peft.LNTuningConfig(target_modules=["input_layernorm"]),
-    "Bone": lambda at: peft.BoneConfig(target_modules=at, r=4),
+
     "MiSS": lambda at: peft.MissConfig(target_modules=at, r=4),
     "RandLoRA": lambda at: peft.RandLoraConfig(target_modules=at, r=2),
     "SHiRA": lambda at: peft.ShiraConfig(target_modules=at, r=2),
@@ -50,10 +50,8 @@ ON_LINEAR: dict[str, Callable[..., Any]] = {
 }
 ON_CONV = ("LoRA", "DoRA", "LoHa", "LoKr", "IA3", "OFT", "HRA")
 
-
 def names() -> list[str]:
     return [*ON_LINEAR, *(f"{name} conv" for name in ON_CONV)]
-
 
 def build(name: str) -> Case:
     kind, _, conv = name.partition(" conv")

@@ -45,6 +45,8 @@ def _candidates(config: Any, accepted: Any, head: str) -> Iterator[dict[str, Any
         yield tokens | sensed
     if tokens:
         yield tokens
+    if "grid_thw" in accepted:
+        yield _patches(config, accepted)
     for sensed in senses:
         if sensed and "decoder_input_ids" in tokens:
             yield sensed | {"decoder_input_ids": tokens["decoder_input_ids"]}
@@ -58,6 +60,14 @@ def _has_placeholders(config: Any) -> bool:
         for sense in ("image", "audio", "video")
         for key in ("id", "index")
     )
+
+
+def _patches(config: Any, accepted: Any) -> dict[str, Tensor]:
+    """Two images as rows of patches, with their grids."""
+    size = getattr(config, "patch_size", 8) ** 2 * getattr(config, "temporal_patch_size", 1)
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3
+    name = next(name for name in accepted if name != "self")
+    return {name: torch.randn(32, channels * size), "grid_thw": torch.tensor([[1, 4, 4]] * 2)}
 
 
 def _pixels(config: Any) -> list[dict[str, Tensor]]:
@@ -90,7 +100,13 @@ def _sounds(config: Any, accepted: Any) -> list[dict[str, Tensor]]:
     if "input_features" in accepted:
         frames = 2 * getattr(audio, "max_source_positions", 64)
         shapes = [(BATCH, bins, frames), (BATCH, 64, bins), (BATCH, 1, 64, bins)]
-        return [{"input_features": torch.randn(*shape)} for shape in shapes]
+        found = [{"input_features": torch.randn(*shape)} for shape in shapes]
+        if "input_features_mask" in accepted:
+            for each in found:
+                each["input_features_mask"] = torch.ones(BATCH, each["input_features"].shape[1], dtype=torch.bool)
+        return found
+    if "audio_mel" in accepted:
+        return [{"audio_mel": torch.randn(BATCH, 64, bins), "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool)}]
     return []
 
 

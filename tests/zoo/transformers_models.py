@@ -7,8 +7,9 @@ model types come besides. What a head is fed with is in `transformers_inputs.py`
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from zoo.torchvision_operators import import_torchvision
 import_torchvision()
 
 import transformers  # noqa: E402 - it imports torchvision
+from transformers import BertForMaskedLM, LlamaForCausalLM, LlavaForConditionalGeneration, ViTModel  # noqa: E402, F401
 from transformers.models.auto import modeling_auto as auto  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
@@ -32,6 +34,7 @@ HEADS = (
 OTHERS = 3  # model types for each other auto class
 LARGEST = 2e7  # weights of a model that is small enough
 
+# The four models above bring what most models import: done once, before the processes are forked.
 transformers.logging.set_verbosity_error()
 
 
@@ -132,7 +135,11 @@ NARROWER: Rules = (
     (r"\w*state_size|mamba_d_state|ssm_state_size", 8),
     (r"mamba_headdim|mamba_d_head|mamba_head_dim", 16),
 )  # fmt: skip
-LISTS: Rules = ((r"depths|num_\w*blocks|\w*layers_per_\w+", 1),)  # of the members of a list; widths become an eighth
+LISTS: tuple[tuple[str, Callable[[int], int]], ...] = (  # of the members of a list
+    (r"depths|num_\w*blocks|layers", lambda x: 1),
+    (r"\w*(hidden_sizes|conv_dim|embed_dims?|channels|widths?|dims|tdnn_dim)", lambda x: max(8, x // 8) if x > 8 else x),
+    (r"num_(attention_)?heads", lambda x: max(1, x // 3)),
+)
 LEVELS: tuple[Rules, ...] = (FEWER + NARROWER, FEWER, ())
 
 
@@ -145,27 +152,41 @@ def small(kind: type[Any], rules: Rules) -> Any:
     for name in getattr(kind, "sub_configs", {}):
         part = getattr(plain, name, None)
         if isinstance(part, transformers.PreTrainedConfig):
-            changes[name] = small(type(part), rules)
-    ids = iter(range(1, 100))
+            changes[name] = _backbone() if "Timm" in type(part).__name__ else small(type(part), rules)
+    token_ids = itertools.count(1)
     for name, value in _fields(plain):
         if name in changes or isinstance(value, bool):
             continue
-        if re.fullmatch(r"\w+_token_(id|index)|\w+_token_id\w*", name) and isinstance(value, int):
-            changes[name] = next(ids)
-        elif isinstance(value, int) and value > 1:
+        if re.fullmatch(r"\w+_token_(id|index)\w*", name) and isinstance(value, int):
+            changes[name] = next(token_ids)
+        elif (isinstance(value, int) and value > 1) or name == "vocab_size":
             new = next((new for pattern, new in rules if re.fullmatch(pattern, name)), None)
-            if new is not None and new < value:
+            if new is not None and (value is None or new < value):
                 changes[name] = new
         elif rules is LEVELS[0] and isinstance(value, (list, tuple)) and value and all(type(x) is int for x in value):
-            if re.fullmatch(r"depths|num_\w*blocks|layers", name):
-                changes[name] = type(value)(1 for _ in value)
-            elif re.fullmatch(r"\w*(hidden_sizes|conv_dim|embed_dims?|channels|widths?|dims|tdnn_dim)", name) and min(value) > 8:
-                changes[name] = type(value)(max(8, x // 8) for x in value)
+            new = next((new for pattern, new in LISTS if re.fullmatch(pattern, name)), None)
+            if new is not None:
+                changes[name] = type(value)(map(new, value))
+    if getattr(plain, "num_key_value_heads", 0) == getattr(plain, "num_attention_heads", None):
+        changes.pop("num_key_value_heads", None)
+        if "num_attention_heads" in changes:
+            changes["num_key_value_heads"] = changes["num_attention_heads"]
     return kind(**changes)
+
+
+def _backbone() -> Any:
+    """In the place of a backbone of timm, whose name the package looks up on the hub."""
+    return transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
     """The fields that a user of the configuration may set, with their values."""
     names = getattr(type(config), "__dataclass_fields__", {})
     for name in names:
-        yield name, getattr(config, name, None)
+        try:
+            yield name, getattr(config, name, None)
+        except Exception:  # it differs by layer
+            continue
