@@ -59,9 +59,12 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="K/N: of N parts of the models, the K-th")
     parser.add_argument("--limit", type=float, default=60, help="seconds for one model")
     parser.add_argument("--results", type=Path, help="a file that gets one line of JSON for each model, at once")
+    parser.add_argument("--resume", action="store_true", help="go on after the models that the file holds")
     arguments = parser.parse_args()
     rows = []
-    for row in results(arguments):
+    if arguments.resume and arguments.results.exists():
+        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    for row in results(arguments, {(row["family"], row["name"]) for row in rows}):
         rows.append(row)
         print(f"{row['family']:12} {row['name']:40} {row['verdict']:10} {row['seconds']:5.1f} s", flush=True)
         if arguments.results:
@@ -71,12 +74,14 @@ def main() -> None:
     sys.exit(any(row["verdict"] in ("wrong", "failed") for row in rows))
 
 
-def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def results(arguments: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     part, parts = map(int, arguments.part.split("/"))
     for family in arguments.only:
         module = importlib.import_module(f"zoo.{FAMILIES[family]}")
         names = [name for name in module.names() if not arguments.names or name in arguments.names]
         for name in names[part - 1 :: parts]:
+            if (family, name) in done:
+                continue
             start = time.monotonic()
             outcome = in_a_process(module, name, arguments.limit)
             seconds = round(time.monotonic() - start, 1)

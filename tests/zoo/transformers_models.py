@@ -124,13 +124,13 @@ NARROWER: Rules = (
     (r"\w*(intermediate|ffn|inner|feedforward|mlp)_?(size|dim|hidden_size)|d_ff|ffn_hidden_size|n_inner|\w*ff_dim", 48),
     (r"hidden_size|d_model|n_embd|embed_dim|dim|d_embed|emb_dim|embedding_dim|width|model_dim|"
      r"\w+_(hidden_size|embed_dim|hidden_dim|d_model)|hidden_dim|embedding_size|projection_dim|projection_size|"
-     r"\w*encoder_stride_dim|\w*project_dim|decoder_hidden_dim|fusion_hidden_size|state_dim|input_dim", 32),
-    (r"image_size|img_size|input_size|crop_size", 32),
+     r"\w*encoder_stride_dim|\w*project_dim|decoder_hidden_dim|fusion_hidden_size", 32),
+    (r"image_size|img_size|crop_size", 64),
     (r"patch_size", 8),
     (r"num_groups|norm_num_groups", 4),
     (r"num_conv_pos_embedding_groups", 4),
     (r"num_conv_pos_embeddings", 16),
-    (r"\w*window_size|sliding_window|attention_window", 4),
+    (r"\w*window_size|sliding_window|attention_window", 2),
     (r"\w*chunk_size", 4),
     (r"\w*state_size|mamba_d_state|ssm_state_size", 8),
     (r"mamba_headdim|mamba_d_head|mamba_head_dim", 16),
@@ -157,7 +157,7 @@ def small(kind: type[Any], rules: Rules) -> Any:
     for name, value in _fields(plain):
         if name in changes or isinstance(value, bool):
             continue
-        if re.fullmatch(r"\w+_token_(id|index)\w*", name) and isinstance(value, int):
+        if name == "pad_token_id" or (re.fullmatch(r"\w+_token_(id|index)\w*", name) and isinstance(value, int)):
             changes[name] = next(token_ids)
         elif (isinstance(value, int) and value > 1) or name == "vocab_size":
             new = next((new for pattern, new in rules if re.fullmatch(pattern, name)), None)
