@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,10 +52,10 @@ def _plain(layer: Any, x: Tensor, g: _Inputs) -> Any:
 
 def _layers() -> dict[str, Row]:
     rows: dict[str, Row] = {
-        name: (lambda kind=getattr(graph, name): kind(WIDTH, OUT), _plain)
+        name: (functools.partial(getattr(graph, name), WIDTH, OUT), _plain)
         for name in (
-            "GCNConv SAGEConv GraphConv ResGatedGraphConv GATConv GATv2Conv TransformerConv ARMAConv SGConv TAGConv MFConv "
-            "FeaStConv HypergraphConv LEConv ClusterGCNConv GENConv FiLMConv SuperGATConv GeneralConv MixHopConv"
+            "GCNConv SAGEConv GraphConv ResGatedGraphConv GATConv GATv2Conv TransformerConv ARMAConv SGConv TAGConv "
+            "MFConv FeaStConv HypergraphConv LEConv ClusterGCNConv GENConv FiLMConv SuperGATConv GeneralConv MixHopConv"
         ).split()
     }
     return rows | {
@@ -92,7 +93,10 @@ def _layers() -> dict[str, Row]:
         "NNConv": (lambda: graph.NNConv(WIDTH, OUT, _mlp(3, WIDTH * OUT)), _with_features),
         "CGConv": (lambda: graph.CGConv(WIDTH, 3, batch_norm=True), _with_features),
         "EdgeConv": (lambda: graph.EdgeConv(_mlp(2 * WIDTH, OUT)), _plain),
-        "DynamicEdgeConv": (lambda: graph.DynamicEdgeConv(_mlp(2 * WIDTH, OUT), 2), lambda layer, x, g: layer(x, g.batch)),
+        "DynamicEdgeConv": (
+            lambda: graph.DynamicEdgeConv(_mlp(2 * WIDTH, OUT), 2),
+            lambda layer, x, g: layer(x, g.batch),
+        ),
         "XConv": (lambda: graph.XConv(WIDTH, OUT, 3, 3), lambda layer, x, g: layer(x, g.positions, g.batch)),
         "PPFConv": (
             lambda: graph.PPFConv(_mlp(WIDTH + 4, OUT)),
@@ -108,7 +112,7 @@ def _layers() -> dict[str, Row]:
         ),
         "PNAConv": (
             lambda: graph.PNAConv(
-                WIDTH, OUT, ["mean", "min", "max", "std", "var"], ["identity", "amplification"], torch.tensor([0, 0, 2, 4, 2])
+                WIDTH, OUT, ["mean", "min", "max", "std", "var"], ["identity", "amplification"], DEGREES
             ),
             _plain,
         ),
@@ -121,7 +125,7 @@ def _layers() -> dict[str, Row]:
         "HGTConv": (lambda: graph.HGTConv(WIDTH, OUT, HETERO), _of_two_kinds),
         "HANConv": (lambda: graph.HANConv(WIDTH, OUT, HETERO), _of_two_kinds),
         "HeteroConv": (
-            lambda: graph.HeteroConv({HETERO[1][0]: graph.SAGEConv((-1, -1), OUT), HETERO[1][1]: graph.SAGEConv((-1, -1), OUT)}),
+            lambda: graph.HeteroConv({edge: graph.SAGEConv((-1, -1), OUT) for edge in HETERO[1]}),
             _of_two_kinds,
         ),
         "HEATConv": (
@@ -140,6 +144,7 @@ def _layers() -> dict[str, Row]:
     }  # fmt: skip
 
 
+DEGREES = torch.tensor([0, 0, 2, 4, 2])  # how many nodes have how many neighbours
 HETERO = (["a", "b"], [("a", "to", "b"), ("b", "to", "a")])
 
 

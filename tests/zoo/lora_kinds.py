@@ -13,8 +13,8 @@ from zoo.torchvision_operators import import_torchvision
 
 import_torchvision()
 
-import peft  # noqa: E402 - it imports torchvision
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import peft  # it imports torchvision
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ON_LINEAR: dict[str, Callable[..., Any]] = {
     "LoRA": lambda at: peft.LoraConfig(target_modules=at, r=2, lora_dropout=0.1),
@@ -33,7 +33,6 @@ ON_LINEAR: dict[str, Callable[..., Any]] = {
     "FourierFT": lambda at: peft.FourierFTConfig(target_modules=at, n_frequency=5),
     "HRA": lambda at: peft.HRAConfig(target_modules=at, r=2),
     "LN tuning": lambda at: peft.LNTuningConfig(target_modules=["input_layernorm"]),
-
     "MiSS": lambda at: peft.MissConfig(target_modules=at, r=4),
     "RandLoRA": lambda at: peft.RandLoraConfig(target_modules=at, r=2),
     "SHiRA": lambda at: peft.ShiraConfig(target_modules=at, r=2),
@@ -50,11 +49,13 @@ ON_LINEAR: dict[str, Callable[..., Any]] = {
 }
 ON_CONV = ("LoRA", "DoRA", "LoHa", "LoKr", "IA3", "OFT", "HRA")
 
+
 def names() -> list[str]:
     return [*ON_LINEAR, *(f"{name} conv" for name in ON_CONV)]
 
+
 def build(name: str) -> Case:
-    kind, _, conv = name.partition(" conv")
+    kind = name.removesuffix(" conv")
     if name.endswith(" conv"):
         network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
         model, images = peft.get_peft_model(network, ON_LINEAR[kind](["2"])).double(), torch.randn(2, 3, 8, 8)

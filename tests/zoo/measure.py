@@ -25,8 +25,8 @@ from zoo.case import Case, InFloat64, NotBuilt
 # less than 1e-5. The floor holds where the curvature is zero up to rounding.
 TOLERANCE = 1e-8
 FLOOR = 1e-12
-# Where a model loses more, the oracle does too, if rounding changes the weights: then a multiple of that is allowed, but
-# no more than still tells a missing term.
+# Where a model loses more, the oracle does too, if rounding changes the weights: then a multiple of that is allowed,
+# but no more than still tells a missing term.
 ROUNDING = 30
 WORST = 1e-5
 # Differences of gradients, the oracle where PyTorch has no double backward, and of losses, which `auto` takes.
@@ -55,10 +55,10 @@ class Outcome:
 
 def measure(build: Callable[[], Case]) -> Outcome:
     """Build a case and measure it along a random direction, in float64, on one thread."""
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with InFloat64():
+    with InFloat64(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             case = build()
             value = case.loss().detach()
@@ -95,14 +95,23 @@ def _compared(case: Case, parameters: list[Tensor], d: list[Tensor]) -> Outcome:
 
 
 def _where_they_differ(
-    case: Case, parameters: list[Tensor], d: list[Tensor], seen: Sequence[float], expected: Sequence[float], tolerance: float
+    case: Case,
+    parameters: list[Tensor],
+    d: list[Tensor],
+    seen: Sequence[float],
+    expected: Sequence[float],
+    tolerance: float,
 ) -> Outcome:
     """Whether double backward is at fault, or rounding, before a case is called wrong."""
     if not agree(seen[:1], expected[:1]) and _without_dropout(case.model):
         outcome = _compared(case, parameters, d)
-        return replace(outcome, detail=f"{outcome.detail} without dropout; with it, masks differ by memory layout".strip())
+        return replace(
+            outcome, detail=f"{outcome.detail} without dropout; with it, masks differ by memory layout".strip()
+        )
     differences = _by_differences(case.loss, parameters, d)
-    if agree(seen, differences, TOLERANCE_OF_DIFFERENCES) and not agree(expected, differences, TOLERANCE_OF_DIFFERENCES):
+    if agree(seen, differences, TOLERANCE_OF_DIFFERENCES) and not agree(
+        expected, differences, TOLERANCE_OF_DIFFERENCES
+    ):
         return Outcome("right", "unlike double backward", oracle="differences")
     with torch.no_grad():
         for p in parameters:

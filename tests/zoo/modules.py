@@ -1,4 +1,4 @@
-"""All modules of torch.nn that can be part of a model, with their forms: one line is a module and its inputs' shapes."""
+"""The modules of torch.nn, with their forms: one line is a module and the shape of its input."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Row = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 def _activations() -> dict[str, Row]:
     plain = (
-        "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 RReLU SELU "
-        "SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Identity"
+        "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 RReLU "
+        "SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Identity"
     ).split()
     rows: dict[str, Row] = {name: (getattr(nn, name), VECTORS) for name in plain}
     return rows | {
@@ -70,7 +70,7 @@ def _layers() -> dict[str, Row]:
         "MaxPool1d": (lambda: nn.MaxPool1d(2), LINES),
         "MaxPool2d": (lambda: nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), IMAGE),
         "MaxPool3d": (lambda: nn.MaxPool3d(2), VOLUME),
-        "MaxPool and MaxUnpool1d": (lambda: _Unpooled(nn.MaxPool1d, nn.MaxUnpool1d), LINES[:2] + (8,)),
+        "MaxPool and MaxUnpool1d": (lambda: _Unpooled(nn.MaxPool1d, nn.MaxUnpool1d), (*LINES[:2], 8)),
         "MaxPool and MaxUnpool2d": (lambda: _Unpooled(nn.MaxPool2d, nn.MaxUnpool2d), IMAGE),
         "MaxPool and MaxUnpool3d": (lambda: _Unpooled(nn.MaxPool3d, nn.MaxUnpool3d), VOLUME),
         "AvgPool1d": (lambda: nn.AvgPool1d(2), LINES),
@@ -117,7 +117,10 @@ def _layers() -> dict[str, Row]:
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2),
             SEQUENCE,
         ),
-        "Transformer": (lambda: _Pair(nn.Transformer(WIDTH, 2, 1, 1, 16, activation="gelu", norm_first=True)), SEQUENCE),
+        "Transformer": (
+            lambda: _Pair(nn.Transformer(WIDTH, 2, 1, 1, 16, activation="gelu", norm_first=True)),
+            SEQUENCE,
+        ),
         "RNN": (lambda: nn.RNN(WIDTH, 6, 2, batch_first=True), SEQUENCE),
         "RNN relu": (lambda: nn.RNN(WIDTH, 6, nonlinearity="relu", bidirectional=True), SEQUENCE),
         "LSTM": (lambda: nn.LSTM(WIDTH, 6, 2, dropout=0.1), SEQUENCE),

@@ -32,7 +32,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy.random  # noqa: F401 - what a measurement imports is imported once, before the processes are forked
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 
 sys.path[0] = str(Path(__file__).parents[1])
 
@@ -122,7 +122,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         for family in (row["family"], "all"):
-            counts[family].update([row["verdict"], "by differences"] if row["oracle"] != "double backward" else [row["verdict"]])
+            counts[family].update(
+                [row["verdict"], "by differences"] if row["oracle"] != "double backward" else [row["verdict"]]
+            )
             counts[family]["auto"] += row["auto"] == "goes on"
         if row["verdict"] != "right":
             auto = f" [auto: {row['auto']}]" if row["auto"] not in ("", "goes on") else ""
@@ -134,7 +136,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
         share = f"{100 * count['refused'] / max(measured, 1):.1f}"
         cells = [family, *(count[verdict] for verdict in VERDICTS), count["auto"], share]
         lines.append(" ".join(f"{cell:>13}" for cell in cells))
-    for (verdict, detail), names in sorted(reasons.items(), key=lambda item: (VERDICTS.index(item[0][0]), -len(item[1]))):
+    for (verdict, detail), names in sorted(
+        reasons.items(), key=lambda item: (VERDICTS.index(item[0][0]), -len(item[1]))
+    ):
         lines.append(f"\n{verdict} ({len(names)}): {detail}\n    " + "  ".join(names))
     return "\n".join(lines)
 

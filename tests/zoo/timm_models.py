@@ -13,7 +13,7 @@ from zoo.torchvision_operators import import_torchvision
 
 import_torchvision()
 
-import timm  # noqa: E402 - it imports torchvision
+import timm  # it imports torchvision
 
 # The member of each module with the fewest weights, as counted once on the meta device. Of a module that is not
 # listed, which timm has got since, the first member is taken.

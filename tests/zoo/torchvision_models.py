@@ -13,7 +13,7 @@ from zoo.torchvision_operators import import_torchvision
 
 import_torchvision()
 
-from torchvision import models  # noqa: E402 - its operators come first
+from torchvision import models  # its operators come first
 
 CLASSES = 4
 IMAGES = {
@@ -24,7 +24,9 @@ IMAGES = {
 }  # fmt: skip
 # Built from the classes of their families, with few and narrow layers.
 SMALL: dict[str, Callable[[], nn.Module]] = {
-    "convnext": lambda: models.ConvNeXt([models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 1)], num_classes=CLASSES),
+    "convnext": lambda: models.ConvNeXt(
+        [models.convnext.CNBlockConfig(*sizes) for sizes in ((16, 32, 1), (32, None, 1))], num_classes=CLASSES
+    ),
     "maxvit": lambda: models.MaxVit((64, 64), 8, 2, [16, 32], [1, 1], 8, 0.1, num_classes=CLASSES),
     "swin": lambda: models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=CLASSES),
     "swin_v2": lambda: models.SwinTransformer(

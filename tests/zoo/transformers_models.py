@@ -20,16 +20,16 @@ from zoo.torchvision_operators import import_torchvision
 
 import_torchvision()
 
-import transformers  # noqa: E402 - it imports torchvision
-from transformers import BertForMaskedLM, LlamaForCausalLM, LlavaForConditionalGeneration, ViTModel  # noqa: E402, F401
-from transformers.models.auto import modeling_auto as auto  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+import transformers  # it imports torchvision
+from transformers import BertForMaskedLM, LlamaForCausalLM, LlavaForConditionalGeneration, ViTModel  # noqa: F401
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zoo.transformers_inputs import inputs_of  # noqa: E402
+from zoo.transformers_inputs import inputs_of
 
 HEADS = (
-    "CAUSAL_LM MASKED_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ CTC IMAGE_TEXT_TO_TEXT MULTIMODAL_LM IMAGE_CLASSIFICATION "
-    "SEMANTIC_SEGMENTATION VIDEO_CLASSIFICATION AUDIO_CLASSIFICATION PRETRAINING"
+    "CAUSAL_LM MASKED_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ CTC IMAGE_TEXT_TO_TEXT MULTIMODAL_LM "
+    "IMAGE_CLASSIFICATION SEMANTIC_SEGMENTATION VIDEO_CLASSIFICATION AUDIO_CLASSIFICATION PRETRAINING"
 ).split()
 OTHERS = 3  # model types for each other auto class
 LARGEST = 2e7  # weights of a model that is small enough
@@ -75,20 +75,23 @@ def build(name: str) -> Case:
     tried = []
     for rules in LEVELS:
         try:
-            model = _model(kind, small(config_class, rules))
-            for inputs in inputs_of(model, head):
-                try:
-                    output = model(**inputs)
-                except Exception as error:
-                    tried.append(f"{type(error).__name__} {error}")
-                    continue
-                if not hasattr(output, "to_tuple"):
-                    tried.append("its output is no ModelOutput")
-                    continue
-                return case(model, lambda inputs=inputs: model(**inputs))
+            return _fed(_model(kind, small(config_class, rules)), head)
         except Exception as error:
             tried.append(f"{type(error).__name__} {error}")
-    raise NotBuilt(f"{kind.__name__}: {tried[0] if tried else 'nothing is known to feed it with'}"[:300])
+    raise NotBuilt(f"{kind.__name__}: {tried[0]}"[:300])
+
+
+def _fed(model: nn.Module, head: str) -> Case:
+    """The model with the first inputs that it takes."""
+    failure: Exception = NotBuilt("nothing is known to feed it with")
+    for inputs in inputs_of(model, head):
+        try:
+            model(**inputs)
+        except Exception as error:
+            failure = error if isinstance(failure, NotBuilt) else failure
+        else:
+            return case(model, lambda inputs=inputs: model(**inputs))
+    raise failure
 
 
 def _model(kind: type[nn.Module], config: Any) -> nn.Module:
@@ -137,7 +140,10 @@ NARROWER: Rules = (
 )  # fmt: skip
 LISTS: tuple[tuple[str, Callable[[int], int]], ...] = (  # of the members of a list
     (r"depths|num_\w*blocks|layers", lambda x: 1),
-    (r"\w*(hidden_sizes|conv_dim|embed_dims?|channels|widths?|dims|tdnn_dim)", lambda x: max(8, x // 8) if x > 8 else x),
+    (
+        r"\w*(hidden_sizes|conv_dim|embed_dims?|channels|widths?|dims|tdnn_dim)",
+        lambda x: max(8, x // 8) if x > 8 else x,
+    ),
     (r"num_(attention_)?heads", lambda x: max(1, x // 3)),
 )
 LEVELS: tuple[Rules, ...] = (FEWER + NARROWER, FEWER, ())
