@@ -47,6 +47,9 @@ def _candidates(config: Any, accepted: Any, head: str) -> Iterator[dict[str, Any
         yield tokens
     if "grid_thw" in accepted:
         yield _patches(config, accepted)
+    if "past_values" in accepted:
+        length = getattr(config, "context_length", None) or 32
+        yield {"past_values": torch.randn(BATCH, length, getattr(config, "num_input_channels", 1))}
     for sensed in senses:
         if sensed and "decoder_input_ids" in tokens:
             yield sensed | {"decoder_input_ids": tokens["decoder_input_ids"]}

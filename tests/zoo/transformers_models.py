@@ -114,7 +114,7 @@ FEWER: Rules = (
     (r"(\w+_)?num_(\w+_)?(layers|blocks)|\w+_layers|n_layers?|(\w+_)?depth|\w*num_layers|layers", 2),
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts|num_moe_experts|n_routed_experts", 4),
     (r"num_experts_per_tok(en)?|moe_k|top_k|moe_topk|num_selects|moe_top_k|experts_per_token", 2),
-    (r"n_group|topk_group|num_expert_group", 1),
+    (r"n_groups?|topk_group|num_expert_group|mamba_n_groups", 1),
     (r"num_labels|num_queries|num_denoising|num_proposals|two_stage_num_proposals", 6),
     (r"max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|max_source_positions|"
      r"max_target_positions|block_size|seq_length", 64),
@@ -169,6 +169,8 @@ def small(kind: type[Any], rules: Rules) -> Any:
             new = next((new for pattern, new in rules if re.fullmatch(pattern, name)), None)
             if new is not None and (value is None or new < value):
                 changes[name] = new
+        elif rules is LEVELS[0] and name == "rope_parameters" and re.search("vl|omni|glm|ocr", kind.model_type):
+            changes[name] = {**(value or {}), "mrope_section": [2, 1, 1]}  # half of a head, for time and place
         elif rules is LEVELS[0] and isinstance(value, (list, tuple)) and value and all(type(x) is int for x in value):
             new = next((new for pattern, new in LISTS if re.fullmatch(pattern, name)), None)
             if new is not None:
@@ -177,6 +179,8 @@ def small(kind: type[Any], rules: Rules) -> Any:
         changes.pop("num_key_value_heads", None)
         if "num_attention_heads" in changes:
             changes["num_key_value_heads"] = changes["num_attention_heads"]
+    if {"head_dim", "num_heads"} <= changes.keys() and hasattr(plain, "expand"):  # a kind of mamba
+        changes["head_dim"] = changes["hidden_size"] * plain.expand // changes["num_heads"]
     return kind(**changes)
 
 
