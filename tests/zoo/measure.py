@@ -83,12 +83,14 @@ def _compared(case: Case, parameters: list[Tensor], d: list[Tensor]) -> Outcome:
         expected, oracle, tolerance = _oracle(case, parameters, d)
     except Exception as error:
         return Outcome("not built", f"no oracle: {said(error)}")
+    if not any(expected[1:]):
+        return Outcome("not built", "the loss does not depend on the weights")
+    if not all(map(math.isfinite, expected)):
+        return Outcome("not built", f"the oracle is not finite: {expected}")
     if refused is not None:
         return Outcome("refused", refused, _auto(case, parameters), oracle)
     if failed is not None:
         return Outcome("failed", failed, _auto(case, parameters), oracle)
-    if not all(map(math.isfinite, expected)):
-        return Outcome("not built", f"the oracle is not finite: {expected}")
     if agree(seen, expected, tolerance):
         return Outcome("right", oracle=oracle)
     return _where_they_differ(case, parameters, d, seen, expected, tolerance)
