@@ -96,7 +96,7 @@ def _sounds(config: Any, accepted: Any) -> list[dict[str, Tensor]]:
     bins = next((x for x in (getattr(audio, key, None) for key in keys) if isinstance(x, int)), 80)
     if "input_values" in accepted:
         frames = getattr(config, "max_length", None)
-        waves = [torch.randn(BATCH, 6400), torch.randn(BATCH, 1, 6400), torch.randn(BATCH, 32, bins)]
+        waves = [torch.randn(BATCH, 3600), torch.randn(BATCH, 1, 3600), torch.randn(BATCH, 32, bins)]
         if isinstance(frames, int):
             waves.insert(0, torch.randn(BATCH, frames, bins))
         return [{"input_values": wave} for wave in waves]
