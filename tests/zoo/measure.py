@@ -33,7 +33,7 @@ WORST = 1e-5
 TOLERANCE_OF_DIFFERENCES = 1e-4
 TOLERANCE_OF_AUTO = 0.05
 
-VERDICTS = ("right", "refused", "wrong", "failed", "not built")
+VERDICTS = ("right", "refused", "wrong", "failed", "too slow", "not built")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Outcome:
     """What came of a case.
 
     Attributes:
-        verdict: one of `VERDICTS`. "failed" is an error that is no refusal, or a time limit.
+        verdict: one of `VERDICTS`. "failed" is an error that is no refusal.
         detail: the operation that is refused, the two sides where they differ, or the error.
         auto: of a case that is refused, what `curvature="auto"` did: "goes on", or what went wrong.
         oracle: "double backward", or "differences" of the gradient where PyTorch has no double backward.

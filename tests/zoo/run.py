@@ -9,7 +9,8 @@
 process of its own, with a time limit. The table counts what is right, refused by name, wrong, and failed otherwise,
 and then names all that is not right, with the operation that stopped it. `auto` counts how many of those that exact
 curvature refuses go on under `curvature="auto"`, with a curvature near the oracle's. A model that cannot be built
-small, or does not run, is listed as not built: it counts in no share.
+small, or does not run, is listed as not built, and one that takes longer than the limit as too slow: they count in no
+share.
 
 The exit status is 1 if a model is wrong or failed.
 """
@@ -98,7 +99,7 @@ def in_a_process(module: ModuleType, name: str, limit: float) -> Outcome:
     try:
         if receiver.poll(limit):
             return receiver.recv()
-        return Outcome("failed", f"not ready in {limit:.0f} s")
+        return Outcome("too slow", f"not ready in {limit:.0f} s")
     except EOFError:
         process.join()
         return Outcome("failed", f"the process ended with status {process.exitcode}")
