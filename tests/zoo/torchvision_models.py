@@ -71,8 +71,8 @@ def _on(model: nn.Module, x: Tensor) -> Case:
 
 
 def _classification(name: str, size: int) -> Case:
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = models.get_model(name, weights=None, num_classes=CLASSES, **options)
+    options = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False, "aux_logits": False}}
+    model = models.get_model(name, weights=None, num_classes=CLASSES, **options.get(name, {}))
     if name in ("alexnet", "vgg11_bn"):  # their classifiers alone have a hundred million weights
         inside = model.avgpool.output_size[0] ** 2 * (256 if name == "alexnet" else 512)
         model.classifier = nn.Sequential(
