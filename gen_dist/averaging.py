@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ class AveragedWeights:
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
         if self.last:
-            foreach_copy_(weights, self.average)
+            self.put_in_place()
 
     def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
         momentum = self.averaging.momentum
@@ -142,6 +142,22 @@ class AveragedWeights:
             averages = [x.to(y.dtype) for x, y in zip(average, weights, strict=True)]
             foreach_lerp_(weights, averages, -momentum * share)
         foreach_lerp_(average, [_precise(y) for y in weights], share / (1 + momentum * share))
+
+    @torch.no_grad()
+    def put_in_place(self) -> None:
+        """Make the averages the weights in training, for good: they are the result."""
+        self.put(self.average)
+
+    @torch.no_grad()
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Set the weights to these values of theirs, such as `weights()` was before."""
+        self.layout.reshard()
+        foreach_copy_([local(p) for p in self.parameters[: len(values)]], values)
+
+    def weights(self) -> list[Tensor]:
+        """Return copies of this rank's part of the weights in training."""
+        self.layout.reshard()
+        return [local(p).detach().clone() for p in self.parameters]
 
     @contextlib.contextmanager
     def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:
@@ -156,8 +172,7 @@ class AveragedWeights:
         buffers = [local(b) for b in self.layout.model.buffers()]
         # the model may hold gathered copies of the average at the end
         with everything_restored(), restoring(self.layout.reshard), contents_kept(weights), contents_kept(buffers):
-            with torch.no_grad():
-                foreach_copy_(weights, self.average)
+            self.put_in_place()
             batches = list(batches)
             if batches:
                 _recompute_statistics(batches, self.layout.model)

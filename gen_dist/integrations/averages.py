@@ -1,0 +1,84 @@
+"""Which weights a trainer evaluates, saves and hands over: the averaged ones, where its scheduler keeps averages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gen_dist.averaging import AveragedWeights
+from gen_dist.integrations.at_step import RateAtStep
+from gen_dist.scheduler import GenScheduler
+
+__all__ = ["RateAndAverages"]
+
+
+TRAINING_WEIGHTS = "training_weights"  # in the state of a scheduler
+
+
+class RateAndAverages(RateAtStep):
+    """A `RateAtStep` for a trainer that evaluates the model while it trains it, and saves and hands over the result.
+
+    The result is the averaged weights, so the trainer evaluates and saves the model within `averaged()`, and calls
+    `end()` when training ends. The weights in training stand in `state_dict()`, and come back when a scheduler is
+    attached: a resumed run goes on with them, bit for bit.
+
+    Averages of a sharded model are not in checkpoints (see `RateAtStep`), and neither are its weights in training: a
+    resumed run begins both anew from the checkpoint's model.
+    """
+
+    _resumed: list[Tensor] | None = None  # weights in training to put in place once there is a scheduler
+    _in_place = False
+    _ended = False
+
+    @property
+    def averages(self) -> AveragedWeights | None:
+        """The averages of the run that goes on, if there are some yet."""
+        average = self.scheduler.average if self.attached and not self._ended else None
+        return average if average is not None and average.count else None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights, if there are any, in the model for the block, which may stand in another such."""
+        averages = self.averages
+        if averages is None or self._in_place:
+            yield
+            return
+        with averages.in_place():
+            self._in_place = True
+            try:
+                yield
+            finally:
+                self._in_place = False
+
+    def end(self, hand_over: bool = True) -> None:
+        """End the run; the averaged weights stay in the model unless something else, such as a better one, is in it."""
+        if hand_over and (averages := self.averages) is not None:
+            averages.put_in_place()
+        self._ended = True
+
+    def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
+        super().attach(scheduler, stepped)
+        self._ended = False
+        self._resume()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.attached:
+            averages = self.averages if state["average"] is not None else None
+            return state | {TRAINING_WEIGHTS: averages.weights() if averages is not None else None}
+        return state | {TRAINING_WEIGHTS: self._resumed} if state else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get(TRAINING_WEIGHTS)
+        super().load_state_dict(state_dict)
+        self._resume()
+
+    def _resume(self) -> None:
+        if self.attached and self._resumed and (average := self.scheduler.average) is not None:
+            average.put(self._resumed)
+            self._resumed = None
