@@ -1,0 +1,259 @@
+"""What trainers evaluate, save and hand over: the averaged weights, while the weights in training go on bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import criterion, data, new_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import gen_dist as gen
+from gen_dist.integrations.horizon import with_horizon
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Weights = dict[str, Tensor]
+STEPS = 8
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
+
+
+def contents(model: nn.Module) -> Weights:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Samples(Dataset[Any]):
+    def __init__(self, count: int = 64) -> None:
+        draw = torch.Generator().manual_seed(2)
+        self.x = torch.randn(count, 6, generator=draw)
+        self.y = (self.x[:, :3] * 2 + 0.5 * torch.randn(count, 3, generator=draw)).argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": self.y[index]}
+
+
+def hugging_face(folder: Path | str, steps: int = STEPS, scheduler: Any = None, callbacks: Any = (), **more: Any) -> Any:
+    from transformers import TrainingArguments
+
+    from gen_dist.integrations.transformers import GenTrainer
+
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return GenTrainer(
+        model=Classifier(),
+        args=TrainingArguments(**settings | more),
+        train_dataset=Samples(),
+        eval_dataset=Samples(16),
+        callbacks=list(callbacks),
+        scheduler=scheduler,
+    )
+
+
+def loss_of(weights: Weights) -> float:
+    model = Classifier()
+    model.load_state_dict(weights)
+    samples = Samples(16)
+    with torch.no_grad():
+        return model(samples.x, samples.y)["loss"].item()
+
+
+def looking(into: dict[int, tuple[Weights, Weights]]) -> Any:
+    """A callback that keeps the weights in training and the averaged ones, after each step."""
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            scheduler = kwargs["lr_scheduler"].scheduler
+            into[state.global_step] = contents(kwargs["model"]), scheduler.averaged_state_dict()
+
+    return Look()
+
+
+def saved_in(folder: Path, step: int) -> Weights:
+    from safetensors.torch import load_file
+
+    return load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.parametrize("horizon", [True, False])
+def test_evaluations_and_checkpoints_have_the_averaged_weights(horizon: bool, tmp_path: Path) -> None:
+    seen: dict[int, tuple[Weights, Weights]] = {}
+    scheduler = None if horizon else partial(gen.AutoGen, total_steps=None)
+    trainer = hugging_face(tmp_path, scheduler=scheduler, callbacks=[looking(seen)])
+    trainer.train()
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    for step in (2, 4, 6, 8):
+        in_training, averaged = seen[step]
+        assert equal(saved_in(tmp_path, step), averaged)
+        assert evaluated[step] == pytest.approx(loss_of(averaged), rel=1e-5)
+        assert equal(in_training, averaged) == (horizon and step == STEPS)
+    assert equal(contents(trainer.model), seen[STEPS][1]), "and at the end they stay in the model"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_of(seen[STEPS][1]), rel=1e-5)
+
+
+@needs("transformers", "accelerate")
+def test_the_evaluation_changes_nothing_in_training(tmp_path: Path) -> None:
+    ends = []
+    for often in (1, 100):
+        seen: dict[int, tuple[Weights, Weights]] = {}
+        trainer = hugging_face(tmp_path, eval_steps=often, save_strategy="no", callbacks=[looking(seen)])
+        trainer.train()
+        ends.append(seen[STEPS - 1][0])
+    assert equal(*ends)
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.parametrize("horizon", [True, False])
+def test_a_resumed_run_goes_on_bitwise(horizon: bool, tmp_path: Path) -> None:
+    scheduler = partial(gen.AutoGen, **({"total_steps": STEPS} if horizon else {"total_steps": None}))
+    whole: dict[int, tuple[Weights, Weights]] = {}
+    hugging_face(tmp_path / "a", scheduler=scheduler, callbacks=[looking(whole)]).train()
+    hugging_face(tmp_path / "b", steps=4, scheduler=scheduler).train()
+    resumed: dict[int, tuple[Weights, Weights]] = {}
+    hugging_face(tmp_path / "b", scheduler=scheduler, callbacks=[looking(resumed)]).train(resume_from_checkpoint=True)
+    assert list(resumed) == [5, 6, 7, 8]
+    for step, (in_training, averaged) in resumed.items():
+        assert equal(in_training, whole[step][0])
+        assert equal(averaged, whole[step][1])
+
+
+@needs("transformers", "accelerate")
+def test_the_best_model_is_the_one_evaluated(tmp_path: Path) -> None:
+    """By a metric that is best in the middle of the run."""
+    seen: dict[int, tuple[Weights, Weights]] = {}
+    trainer = hugging_face(
+        tmp_path,
+        callbacks=[looking(seen)],
+        load_best_model_at_end=True,
+        metric_for_best_model="distance",
+        greater_is_better=False,
+    )
+    evaluate = trainer.evaluation_loop
+
+    def with_distance(*args: Any, **kwargs: Any) -> Any:
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_distance"] = abs(trainer.state.global_step - 4)
+        return output
+
+    trainer.evaluation_loop = with_distance
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert equal(contents(trainer.model), seen[4][1])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_of(seen[4][1]), rel=1e-5)
+
+
+@needs("transformers", "accelerate")
+def test_a_run_that_stops_early_hands_the_average_over(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            exported.update(contents(kwargs["model"]))
+
+    exported: Weights = {}
+    seen: dict[int, tuple[Weights, Weights]] = {}
+    trainer = hugging_face(tmp_path, callbacks=[looking(seen), Stop()])
+    trainer.train()
+    assert equal(exported, seen[5][1])
+    assert equal(contents(trainer.model), seen[5][1])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # once more, with the same trainer
+    assert equal(exported, seen[5][1])
+
+
+@needs("transformers", "accelerate")
+def test_a_scheduler_without_averages_is_left_alone(tmp_path: Path) -> None:
+    trainer = hugging_face(tmp_path, scheduler=partial(gen.ExactGen, lr_max=0.1))
+    trainer.train()
+    assert equal(contents(trainer.model), saved_in(tmp_path, STEPS))
+
+
+# -------------------------------------------------------------------------------------------------- the horizon
+
+
+class Mine(gen.AutoGen):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def by_hand(optimizer: gen.GenOptimizer, model: nn.Module, total_steps: int) -> gen.GenScheduler:
+    return gen.AutoGen(optimizer, model, total_steps=total_steps)
+
+
+def without(optimizer: gen.GenOptimizer, model: nn.Module) -> gen.GenScheduler:
+    return gen.AutoGen(optimizer, model)
+
+
+@pytest.mark.parametrize(
+    ("factory", "steps"),
+    [
+        (None, 100),
+        (gen.AutoGen, 100),
+        (Mine, 100),
+        (by_hand, 100),
+        (without, None),
+        (partial(gen.AutoGen, update_every=4), 100),
+        (partial(Mine, update_every=4), 100),
+        (partial(gen.AutoGen, total_steps=7), 7),
+        (partial(gen.AutoGen, total_steps=None), None),
+        (partial(gen.AutoGen, rule=gen.Auto(creep=0.1)), 100),
+        (partial(gen.AutoGen, rule=gen.Auto(total_steps=7)), 7),
+        (lambda optimizer, model: gen.AutoGen(optimizer, model), None),
+    ],
+)
+def test_a_factory_gets_the_horizon_where_it_takes_it(factory: Any, steps: int | None) -> None:
+    model = new_model()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    scheduler: Any = with_horizon(factory, 100)(optimizer, model)
+    assert scheduler.rule.total_steps == steps
+    scheduler = with_horizon(factory, None)(optimizer, model) if factory is not by_hand else scheduler
+    assert scheduler.rule.total_steps in (steps, None)
+
+
+@pytest.mark.parametrize("factory", [gen.ExactGen, partial(gen.ApproxGen, probes=1)])
+def test_a_factory_without_a_horizon_stays_as_it_is(factory: Callable[..., gen.GenScheduler]) -> None:
+    assert with_horizon(factory, 100) is factory
