@@ -160,10 +160,11 @@ class AveragedWeights:
         return [local(p).detach().clone() for p in self.parameters]
 
     @contextlib.contextmanager
-    def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:
+    def in_place(self, batches: Iterable[Any] = ()) -> Iterator[list[Tensor]]:
         """Put the average in the model; afterwards, also after an error or an interrupt, restore it bit for bit.
 
-        Batches of inputs, if there are any, recompute the running statistics of batch norms.
+        Batches of inputs, if there are any, recompute the running statistics of batch norms. Yields what `weights()`
+        returned before.
         """
         if not self.count:
             raise ValueError("there are no averaged weights yet: they begin after the first optimizer.step()")
@@ -171,12 +172,17 @@ class AveragedWeights:
         weights = [local(p).detach() for p in self.parameters[: len(self.average)]]
         buffers = [local(b) for b in self.layout.model.buffers()]
         # the model may hold gathered copies of the average at the end
-        with everything_restored(), restoring(self.layout.reshard), contents_kept(weights), contents_kept(buffers):
+        with (
+            everything_restored(),
+            restoring(self.layout.reshard),
+            contents_kept(weights) as kept,
+            contents_kept(buffers),
+        ):
             self.put_in_place()
             batches = list(batches)
             if batches:
                 _recompute_statistics(batches, self.layout.model)
-            yield
+            yield kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps averaged and the averages, placed as the parameters are; zeros before a step.

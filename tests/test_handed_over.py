@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import criterion, data, new_model
+from problems import new_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -62,7 +62,9 @@ class Samples(Dataset[Any]):
         return {"x": self.x[index], "labels": self.y[index]}
 
 
-def hugging_face(folder: Path | str, steps: int = STEPS, scheduler: Any = None, callbacks: Any = (), **more: Any) -> Any:
+def hugging_face(
+    folder: Path | str, steps: int = STEPS, scheduler: Any = None, callbacks: Any = (), **more: Any
+) -> Any:
     from transformers import TrainingArguments
 
     from gen_dist.integrations.transformers import GenTrainer
@@ -210,6 +212,161 @@ def test_a_scheduler_without_averages_is_left_alone(tmp_path: Path) -> None:
     trainer = hugging_face(tmp_path, scheduler=partial(gen.ExactGen, lr_max=0.1))
     trainer.train()
     assert equal(contents(trainer.model), saved_in(tmp_path, STEPS))
+
+
+# --------------------------------------------------------------------------------------------------- Lightning
+
+
+WITHOUT_HORIZON = partial(gen.AutoGen, total_steps=None)
+
+
+class Watched(NamedTuple):
+    """What a run of Lightning saw at each step: the weights in training, the averaged ones, and validation losses."""
+
+    in_training: dict[int, Weights]
+    averaged: dict[int, Weights]
+    validated: dict[int, float]
+
+
+def lightning(
+    folder: Path,
+    epochs: int = 4,
+    scheduler: Any = WITHOUT_HORIZON,
+    resume: Path | None = None,
+    stop: int = 0,
+    callbacks: Any = (),
+    **options: Any,
+) -> tuple[Any, Any, Watched]:
+    """Fit a module of two batches an epoch, with a validation after each; the trainer, the module and what it saw."""
+    import lightning as L
+    from torch.utils.data import DataLoader
+
+    from gen_dist.integrations.lightning import GenCallback
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Classifier()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(**batch)["loss"]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            loss = self.model(**batch)["loss"]
+            self.log("val_loss", loss)
+            self.log("distance", abs(float(trainer.current_epoch) - 1))
+            if not trainer.sanity_checking:
+                seen.validated[trainer.global_step] = loss.item()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.in_training[trainer.global_step] = contents(self.model)
+            seen.averaged[trainer.global_step] = {
+                name.removeprefix("model."): value
+                for name, value in gen_callback.scheduler.averaged_state_dict().items()
+            }
+            trainer.should_stop = trainer.global_step == stop
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    seen = Watched({}, {}, {})
+    gen_callback = GenCallback(scheduler)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=[*callbacks, gen_callback],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": bool(callbacks), **options},
+    )
+    module = Module()
+    loaders = DataLoader(Samples(), batch_size=32), DataLoader(Samples(16), batch_size=16)
+    trainer.fit(module, *loaders, ckpt_path=resume)
+    return trainer, module, seen
+
+
+def best_in(folder: Path, **options: Any) -> Any:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    return ModelCheckpoint(dirpath=folder, filename="{step}", **options)
+
+
+def module_in(checkpoint: Path | str) -> Weights:
+    saved = torch.load(checkpoint, weights_only=False)["state_dict"]
+    return {name.removeprefix("model."): value for name, value in saved.items()}
+
+
+@needs("lightning")
+@pytest.mark.parametrize("horizon", [True, False])
+def test_lightning_validates_and_saves_the_averaged_weights(horizon: bool, tmp_path: Path) -> None:
+    saves = best_in(tmp_path, save_top_k=-1)
+    scheduler = None if horizon else WITHOUT_HORIZON
+    _, module, seen = lightning(tmp_path, scheduler=scheduler, callbacks=[saves])
+    for step in (2, 4, 6, 8):
+        assert equal(module_in(tmp_path / f"step={step}.ckpt"), seen.averaged[step])
+        assert seen.validated[step] == pytest.approx(loss_of(seen.averaged[step]), rel=1e-5)
+        assert equal(seen.in_training[step], seen.averaged[step]) == (horizon and step == STEPS)
+    assert equal(contents(module.model), seen.averaged[STEPS])
+
+
+@needs("lightning")
+def test_lightning_validation_changes_nothing_in_training(tmp_path: Path) -> None:
+    often, never = lightning(tmp_path)[2], lightning(tmp_path, limit_val_batches=0)[2]
+    assert not never.validated
+    assert equal(often.in_training[STEPS], never.in_training[STEPS])
+
+
+@needs("lightning")
+@pytest.mark.parametrize("when", ["at the end of an epoch", "after fit"])
+def test_lightning_resumes_bitwise(when: str, tmp_path: Path) -> None:
+    whole = lightning(tmp_path)[2]
+    saves = [best_in(tmp_path, save_top_k=-1)] if when != "after fit" else []
+    trainer, *_ = lightning(tmp_path, epochs=2, callbacks=saves)
+    checkpoint = tmp_path / "step=4.ckpt"
+    if not saves:
+        trainer.save_checkpoint(checkpoint)
+    *_, resumed = lightning(tmp_path, resume=checkpoint)
+    assert sorted(resumed.in_training) == [5, 6, 7, 8]
+    for step, weights in resumed.in_training.items():
+        assert equal(weights, whole.in_training[step])
+        assert equal(resumed.averaged[step], whole.averaged[step])
+
+
+@needs("lightning")
+def test_the_best_checkpoint_of_lightning_is_the_one_validated(tmp_path: Path) -> None:
+    """By a metric that is best after the second of four epochs."""
+    best = best_in(tmp_path, monitor="distance", mode="min")
+    trainer, module, seen = lightning(tmp_path, callbacks=[best])
+    assert equal(module_in(best.best_model_path), seen.averaged[4])
+    trainer.validate(module, torch.utils.data.DataLoader(Samples(16), batch_size=16), ckpt_path="best", verbose=False)
+    assert equal(contents(module.model), seen.averaged[4])
+
+
+@needs("lightning")
+def test_lightning_hands_over_the_average_when_it_stops_early(tmp_path: Path) -> None:
+    _, module, seen = lightning(tmp_path, scheduler=None, stop=3)
+    assert max(seen.averaged) == 3
+    assert not equal(seen.in_training[3], seen.averaged[3])
+    assert equal(contents(module.model), seen.averaged[3])
+
+
+@needs("lightning")
+def test_an_error_in_a_validation_leaves_the_weights_in_training(tmp_path: Path) -> None:
+    import lightning as L
+
+    class Fails(L.Callback):
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                modules.append(pl_module)
+                raise ArithmeticError("in the validation")
+
+    modules: list[Any] = []
+    whole = lightning(tmp_path)[2]
+    with pytest.raises(ArithmeticError):
+        lightning(tmp_path, callbacks=[Fails()], enable_checkpointing=False)
+    assert equal(contents(modules[0].model), whole.in_training[4])
 
 
 # -------------------------------------------------------------------------------------------------- the horizon

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_pool import Pool
 
 import gen_dist as gen
 

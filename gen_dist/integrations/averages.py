@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -32,7 +31,7 @@ class RateAndAverages(RateAtStep):
     """
 
     _resumed: list[Tensor] | None = None  # weights in training to put in place once there is a scheduler
-    _in_place = False
+    _aside: list[Tensor] | None = None  # weights in training while others are in the model
     _ended = False
 
     @property
@@ -45,33 +44,36 @@ class RateAndAverages(RateAtStep):
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights, if there are any, in the model for the block, which may stand in another such."""
         averages = self.averages
-        if averages is None or self._in_place:
+        if averages is None or self._aside is not None:
             yield
             return
-        with averages.in_place():
-            self._in_place = True
+        with averages.in_place() as self._aside:
             try:
                 yield
             finally:
-                self._in_place = False
+                self._aside = None
 
     def end(self, hand_over: bool = True) -> None:
         """End the run; the averaged weights stay in the model unless something else, such as a better one, is in it."""
-        if hand_over and (averages := self.averages) is not None:
-            averages.put_in_place()
+        if (averages := self.averages) is not None:
+            self._aside = averages.weights()  # a checkpoint may yet be saved
+            if hand_over:
+                averages.put_in_place()
         self._ended = True
 
     def attach(self, scheduler: GenScheduler, stepped: Optimizer | None = None) -> None:
         super().attach(scheduler, stepped)
-        self._ended = False
+        self._aside, self._ended = None, False
         self._resume()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self.attached:
-            averages = self.averages if state["average"] is not None else None
-            return state | {TRAINING_WEIGHTS: averages.weights() if averages is not None else None}
-        return state | {TRAINING_WEIGHTS: self._resumed} if state else state
+        if not self.attached:
+            return state
+        weights = self._aside
+        if weights is None and self.averages is not None:
+            weights = self.averages.weights()
+        return state | {TRAINING_WEIGHTS: weights if state["average"] is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict.get(TRAINING_WEIGHTS)

@@ -32,7 +32,9 @@ def with_horizon(scheduler: SchedulerFactory | None, steps: int | None) -> Sched
 def _takes(factory: Any, name: str) -> bool:
     """Whether a function has this parameter, or a class that passes what it does not know on to the class above."""
     of = factory.func if isinstance(factory, partial) else factory
-    functions = [vars(each)["__init__"] for each in of.__mro__ if "__init__" in vars(each)] if inspect.isclass(of) else [of]
+    functions = (
+        [vars(each)["__init__"] for each in of.__mro__ if "__init__" in vars(each)] if inspect.isclass(of) else [of]
+    )
     for function in functions:
         parameters = inspect.signature(function).parameters
         if name in parameters:
