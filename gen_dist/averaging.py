@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ class AveragedWeights:
         self.put(self.average)
 
     @torch.no_grad()
-    def put(self, values: Sequence[Tensor]) -> None:
+    def put(self, values: list[Tensor]) -> None:
         """Set the weights to these values of theirs, such as `weights()` was before."""
         self.layout.reshard()
         foreach_copy_([local(p) for p in self.parameters[: len(values)]], values)

@@ -38,7 +38,7 @@ FLOORS["recipes"] = {"averaging", "direction", "line", "policy", "scheduler", "w
 FLOORS["curves"] = {*GROUND, "direction", "line", "parallel", "restore"}
 FLOORS["plots"] = {"update"}
 FLOORS["suggest"] = {*GROUND, "direction", "forward_state", "line", "parallel", "plots", "policy", "restore"}
-FLOORS["integrations"] = {"direction", "recipes", "scheduler"}
+FLOORS["integrations"] = {"averaging", "direction", "forward_state", "policy", "recipes", "scheduler"}
 FLOORS["preflight"] = {""}
 FLOORS[""] = set(FLOORS) - {"integrations", "preflight", ""}  # gen_dist/__init__.py
 
