@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import new_model
+from integration_trainers import launched
+from problems import criterion, data, new_model, whole
+from rank_pool import Pool
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
 import gen_dist as gen
+from gen_dist.integrations.averages import RateAndAverages
 from gen_dist.integrations.horizon import with_horizon
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -367,6 +371,77 @@ def test_an_error_in_a_validation_leaves_the_weights_in_training(tmp_path: Path)
     with pytest.raises(ArithmeticError):
         lightning(tmp_path, callbacks=[Fails()], enable_checkpointing=False)
     assert equal(contents(modules[0].model), whole.in_training[4])
+
+
+# ----------------------------------------------------------------------------------------------------- on ranks
+
+
+def on_ranks(folder: str, steps: int, resume: bool) -> tuple[list[float], dict[int, tuple[Weights, Weights]]]:
+    """The evaluated losses and the weights of a run in DDP."""
+    with launched():
+        seen: dict[int, tuple[Weights, Weights]] = {}
+        options = {"ddp_backend": "gloo", "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
+        scheduler = partial(gen.AutoGen, total_steps=None)
+        trainer = hugging_face(folder, steps, scheduler, [looking(seen)], **options)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry], seen
+
+
+@needs("transformers", "accelerate")
+def test_two_ranks_evaluate_the_averages_and_resume_bitwise(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    whole = pool(2).run(on_ranks, str(tmp_path / "whole"), STEPS, False)
+    pool(2).run(on_ranks, str(tmp_path / "cut"), 4, False)
+    resumed = pool(2).run(on_ranks, str(tmp_path / "cut"), STEPS, True)
+    for (losses, seen), (_, again) in zip(whole, resumed, strict=True):
+        for step, loss in zip((2, 4, 6, 8), losses, strict=True):
+            averaged = {name.removeprefix("module."): value for name, value in seen[step][1].items()}
+            assert loss == pytest.approx(loss_of(averaged), rel=1e-5)
+            assert equal(saved_in(tmp_path / "whole", step), averaged)
+        assert sorted(again) == [5, 6, 7, 8]
+        for step, (in_training, averages) in again.items():
+            assert equal(in_training, seen[step][0])
+            assert equal(averages, seen[step][1])
+
+
+def sharded_run() -> dict[str, Any]:
+    """Two steps of a sharded model; what its trainer evaluates, saves and hands over."""
+    model = new_model()
+    fully_shard(model)
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, model.parameters())
+    rate = RateAndAverages(gen.AutoGen(optimizer, model, criterion))
+    x, y = data()[0]
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        rate.batches.append((x, y))
+        optimizer.step()
+    in_training, averages = whole_weights(model), rate.scheduler.averaged_state_dict()
+    with rate.averaged(), rate.averaged():
+        evaluated = whole_weights(model)
+    after, state = whole_weights(model), rate.state_dict()
+    rate.end()
+    return {
+        "averages": {name: whole(value) for name, value in averages.items()},
+        "in training": in_training,
+        "evaluated": evaluated,
+        "after": after,
+        "handed over": whole_weights(model),
+        "saved": (state["average"], state["training_weights"]),
+    }
+
+
+def whole_weights(model: nn.Module) -> Weights:
+    return {name: whole(value).clone() for name, value in model.state_dict().items()}
+
+
+def test_a_sharded_model_is_evaluated_and_handed_over_as_its_average(pool: Callable[[int], Pool]) -> None:
+    """A trainer's checkpoint, saved on one rank, has no place for shards of others."""
+    for seen in pool(2).run(sharded_run):
+        assert equal(seen["evaluated"], seen["averages"])
+        assert equal(seen["handed over"], seen["averages"])
+        assert equal(seen["after"], seen["in training"])
+        assert not equal(seen["averages"], seen["in training"])
+        assert seen["saved"] == (None, None)
 
 
 # -------------------------------------------------------------------------------------------------- the horizon
