@@ -418,12 +418,15 @@ def sharded_run() -> dict[str, Any]:
     in_training, averages = whole_weights(model), rate.scheduler.averaged_state_dict()
     with rate.averaged(), rate.averaged():
         evaluated = whole_weights(model)
+    with rate.checkpointed():
+        checkpointed = whole_weights(model)
     after, state = whole_weights(model), rate.state_dict()
     rate.end()
     return {
         "averages": {name: whole(value) for name, value in averages.items()},
         "in training": in_training,
         "evaluated": evaluated,
+        "checkpointed": checkpointed,
         "after": after,
         "handed over": whole_weights(model),
         "saved": (state["average"], state["training_weights"]),
@@ -438,6 +441,7 @@ def test_a_sharded_model_is_evaluated_and_handed_over_as_its_average(pool: Calla
     """A trainer's checkpoint, saved on one rank, has no place for shards of others."""
     for seen in pool(2).run(sharded_run):
         assert equal(seen["evaluated"], seen["averages"])
+        assert equal(seen["checkpointed"], seen["averages"])
         assert equal(seen["handed over"], seen["averages"])
         assert equal(seen["after"], seen["in training"])
         assert not equal(seen["averages"], seen["in training"])

@@ -24,7 +24,9 @@ class RateAndAverages(RateAtStep):
 
     The result is the averaged weights, so the trainer evaluates and saves the model within `averaged()`, and calls
     `end()` when training ends. The weights in training stand in `state_dict()`, and come back when a scheduler is
-    attached: a resumed run goes on with them, bit for bit.
+    attached: a resumed run goes on with them, bit for bit. A checkpoint so has the trained weights three times: the
+    averages as the model, and in their own precision, and the weights in training. Statistics of batch norms stay those
+    of the training.
 
     Averages of a sharded model are not in checkpoints (see `RateAtStep`), and neither are its weights in training: a
     resumed run begins both anew from the checkpoint's model.
@@ -52,6 +54,17 @@ class RateAndAverages(RateAtStep):
                 yield
             finally:
                 self._aside = None
+
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Put in the model what a checkpoint saves besides the model that is handed over, to resume from.
+
+        The weights in training, but of a sharded model the averages, since `state_dict()` has no place for either.
+        """
+        averages = self.averages
+        sharded = averages is not None and averages.layout.gradient_is_sharded(averages.parameters)
+        with self.averaged() if sharded else contextlib.nullcontext():
+            yield
 
     def end(self, hand_over: bool = True) -> None:
         """End the run; the averaged weights stay in the model unless something else, such as a better one, is in it."""

@@ -125,6 +125,10 @@ class GenMixin(Base):
         with self._rate.averaged():
             super().save_model(*args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._rate.checkpointed():  # FSDP's own file of the model, too, which the best one is loaded from
+            super()._save_checkpoint(*args, **kwargs)
+
 
 class _AtTheEnd(TrainerCallback):
     """Leaves the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
