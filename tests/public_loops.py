@@ -6,7 +6,6 @@ With it, a script's own schedule goes. What a loop has for gen_dist alone stands
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,24 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import gen_dist as gen
 
 EPOCHS = 2
-
-
-def import_torchvision() -> None:
-    """timm needs it, and transformers takes it if it is there. PyPI's is built for CUDA alone: beside a PyTorch for
-    CPUs its import misses these operators, which nothing here calls.
-    """
-    try:
-        import torchvision  # noqa: F401 - the import is what is tried
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-
-
-import_torchvision()
 
 
 class Run(NamedTuple):
