@@ -371,6 +371,7 @@ def test_an_error_in_a_validation_leaves_the_weights_in_training(tmp_path: Path)
     with pytest.raises(ArithmeticError):
         lightning(tmp_path, callbacks=[Fails()], enable_checkpointing=False)
     assert equal(contents(modules[0].model), whole.in_training[4])
+    assert torch.is_grad_enabled()
 
 
 # ----------------------------------------------------------------------------------------------------- on ranks

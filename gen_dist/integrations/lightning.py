@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_dist.direction import as_gen_optimizer
@@ -122,7 +123,8 @@ class GenCallback(Callback):
         self._validation.close()  # before a checkpoint is saved: callbacks that save are the last ones
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._validation.close()
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # it was off when validation began
+            self._validation.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._rate.averages is not None:
