@@ -133,14 +133,7 @@ class AveragedWeights:
             for index in these:
                 self.counts[index], self.totals[index] = count + 1, total + counts_as
         if self.last:
-            self.finish()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Let the weights become their average; before a step there is none, and they stay."""
-        self.layout.reshard()
-        weights = [local(p) for p in self.parameters[: len(self.average)]]
-        foreach_copy_(weights, self.average)
+            self.put_in_place()
 
     def _update(self, average: list[Tensor], weights: list[Tensor], weight: float) -> None:
         momentum = self.averaging.momentum
@@ -150,11 +143,28 @@ class AveragedWeights:
             foreach_lerp_(weights, averages, -momentum * share)
         foreach_lerp_(average, [_precise(y) for y in weights], share / (1 + momentum * share))
 
+    @torch.no_grad()
+    def put_in_place(self) -> None:
+        """Make the averages the weights in training, for good: they are the result."""
+        self.put(self.average)
+
+    @torch.no_grad()
+    def put(self, values: list[Tensor]) -> None:
+        """Set the weights to these values of theirs, such as `weights()` was before."""
+        self.layout.reshard()
+        foreach_copy_([local(p) for p in self.parameters[: len(values)]], values)
+
+    def weights(self) -> list[Tensor]:
+        """Return copies of this rank's part of the weights in training."""
+        self.layout.reshard()
+        return [local(p).detach().clone() for p in self.parameters]
+
     @contextlib.contextmanager
-    def in_place(self, batches: Iterable[Any] = ()) -> Iterator[None]:
+    def in_place(self, batches: Iterable[Any] = ()) -> Iterator[list[Tensor]]:
         """Put the average in the model; afterwards, also after an error or an interrupt, restore it bit for bit.
 
-        Batches of inputs, if there are any, recompute the running statistics of batch norms.
+        Batches of inputs, if there are any, recompute the running statistics of batch norms. Yields what `weights()`
+        returned before.
         """
         if not self.count:
             raise ValueError("there are no averaged weights yet: they begin after the first optimizer.step()")
@@ -162,13 +172,17 @@ class AveragedWeights:
         weights = [local(p).detach() for p in self.parameters[: len(self.average)]]
         buffers = [local(b) for b in self.layout.model.buffers()]
         # the model may hold gathered copies of the average at the end
-        with everything_restored(), restoring(self.layout.reshard), contents_kept(weights), contents_kept(buffers):
-            with torch.no_grad():
-                foreach_copy_(weights, self.average)
+        with (
+            everything_restored(),
+            restoring(self.layout.reshard),
+            contents_kept(weights) as kept,
+            contents_kept(buffers),
+        ):
+            self.put_in_place()
             batches = list(batches)
             if batches:
                 _recompute_statistics(batches, self.layout.model)
-            yield
+            yield kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps averaged and the averages, placed as the parameters are; zeros before a step.

@@ -216,7 +216,7 @@ class GenScheduler(LRScheduler):
         if self.average is not None:
             self.average.expect_step(False)
             if self._is_last(self.state.step):  # of a known horizon: no other step will hand the average over
-                self.average.finish()
+                self.average.put_in_place()
 
     def _update(self, line: Line, finite: bool) -> tuple[State, Update]:
         """Measure, decide, and let the companions look: the state of the next rate, and the report. Collective."""

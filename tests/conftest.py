@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import rank_pool
 import torch
+import torchvision_for_cpus  # noqa: F401 - before anything imports transformers
 
 torch.set_num_threads(1)
 

@@ -417,7 +417,34 @@ def torchtitan_container(setting: Setting) -> Rates:
     return train_with_checkpoints(setting, model, optimizers, schedulers, train_step)
 
 
-def torchtitan(setting: Setting) -> Rates:
+class HeadApart(nn.Module):
+    """The model without its last layer, which torchtitan's chunked loss applies to a few tokens at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of(False)
+        self.lm_head, self.inner.head = self.inner.head, nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(tokens)
+
+
+def torchtitan_chunked(setting: Setting) -> Rates:
+    """With the loss of its own configurations, which calls `backward()` for each chunk."""
+    from torchtitan.components.loss import ChunkedLossWrapper
+
+    model = HeadApart()
+    loss = ChunkedLossWrapper(ChunkedLossWrapper.Config(num_chunks=5), compile_config=SimpleNamespace(enable=False))
+    loss.loss_fn = token_loss_without_metrics
+    loss.set_lm_head(model.lm_head)
+    return torchtitan(setting, model, loss)
+
+
+def token_loss_without_metrics(*args: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return token_loss(*args)[0], {}
+
+
+def torchtitan(setting: Setting, model: nn.Module | None = None, loss: Any = None) -> Rates:
     """The real `Trainer.train_step`, on a trainer without the parts that need a GPU."""
     from torchtitan.trainer import Trainer
 
@@ -449,12 +476,12 @@ def torchtitan(setting: Setting) -> Rates:
             self.step = self.ntokens_seen = 0
             self.train_context = contextlib.nullcontext
             self.fwd_bwd_fn = self._forward_backward_body
-            self.loss_fn = token_loss
+            self.loss_fn = loss or token_loss
             self.model_parts = [model]
             self.optimizers = optimizers_container([model])
             self.lr_schedulers = GenSchedulers(self.optimizers, self.model_parts, Recorded)
 
-    trainer = GenTrainer(sharded(model_of(False)))
+    trainer = GenTrainer(model or sharded(model_of(False)))
 
     def train_step(micro: list[Any]) -> None:
         trainer.train_step(({"input": x}, y) for x, y in micro)

@@ -12,6 +12,7 @@ from typing import Any
 import processes
 import torch
 import torch.distributed as dist
+import torchvision_for_cpus  # noqa: F401 - before a rank imports transformers
 
 _pools: dict[int, Pool] = {}
 

@@ -98,6 +98,14 @@ def test_by_default_the_number_of_steps_is_the_horizon(name: str) -> None:
     assert all(rate > 0 for rate in rates)
 
 
+@needs("torchtitan", "triton")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_chunked_loss_of_torchtitan(accumulate: int) -> None:
+    """Chunks that are cut off from the graph, and have a backward pass each, would give another slope."""
+    rates = train("torchtitan_chunked", Setting(accumulate))
+    assert rates == pytest.approx(trainers.plain(), rel=1e-4)  # it sums gradients in float32
+
+
 # ------------------------------------------------------------------------------------------ what they share
 
 

@@ -188,7 +188,17 @@ def test_step_with_a_closure_while_a_direction_is_held_is_refused() -> None:
     p.grad = torch.ones(2)
     optimizer.compute_param_updates()
     with pytest.raises(ValueError, match="run the closure before"):
-        optimizer.step(lambda: torch.tensor(0.0))
+        optimizer.step(lambda: p.square().sum().backward())
+
+
+def test_a_closure_that_makes_no_gradients_may_come_with_a_held_direction() -> None:
+    """Lightning's optimizers pass one."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = gen.make_gen_optimizer(torch.optim.SGD, [p], lr=0.25)
+    p.grad = torch.ones(2)
+    optimizer.compute_param_updates()
+    optimizer.step(lambda: torch.tensor(0.0))
+    assert torch.equal(p, torch.full((2,), 0.75))
 
 
 def test_tensor_rates_keep_their_identity() -> None:

@@ -39,7 +39,16 @@ FLOORS["plots"] = {"update", "watch"}
 FLOORS["suggest"] = {*GROUND, "direction", "forward_state", "line", "parallel", "plots", "policy", "restore"}
 FLOORS["replay"] = {"torch_private"}
 FLOORS["at_step"] = {"line", "replay", "scheduler"}
-FLOORS["integrations"] = {"at_step", "direction", "recipes", "scheduler"}
+FLOORS["integrations"] = {
+    "at_step",
+    "averaging",
+    "direction",
+    "forward_state",
+    "line",
+    "policy",
+    "recipes",
+    "scheduler",
+}
 FLOORS["preflight"] = {""}
 FLOORS[""] = set(FLOORS) - {"integrations", "preflight", ""}  # gen_dist/__init__.py
 

@@ -72,14 +72,14 @@ class GenOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move along the held direction, `theta <- theta - lr d`; with none held, run the base optimizer's step.
 
-        Raises `ValueError` for a closure while a direction is held, since the closure would make other gradients than
-        those that were measured.
+        Raises `ValueError` for a closure that makes gradients while a direction is held: other ones than those that
+        were measured.
         """
         if self._direction is None:
             result = base_step(self, closure)
             self._note_step()
             return result
-        if closure is not None:
+        if closure is not None and _makes_gradients(closure, self):
             raise ValueError(
                 "optimizer.step(closure) while a direction is held: run the closure before scheduler.step(...) and "
                 "call optimizer.step() without it, or optimizer.reset() first"
@@ -236,6 +236,16 @@ def _are_new(present: Versions, before: Versions) -> bool:
     """Whether a gradient is not among those before, or was written to since."""
     known = {id(gradient()): version for gradient, version in before}  # a dead one is None, which no gradient is
     return any(known.get(id(gradient())) != version for gradient, version in present)
+
+
+def _makes_gradients(closure: Callable[[], Any], optimizer: Optimizer) -> bool:
+    """Call it, and tell whether it did. Some trainers pass one that does nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [(p.grad, None if p.grad is None else version_of(p.grad)) for p in parameters]
+    with torch.enable_grad():
+        closure()
+    after = [(p.grad, None if p.grad is None else version_of(p.grad)) for p in parameters]
+    return any(a is not b or v != w for (a, v), (b, w) in zip(before, after, strict=True))
 
 
 def _check_is_optimizer(optimizer: Any) -> None:

@@ -26,11 +26,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_dist.direction import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.recipes import AutoGen
+from gen_dist.integrations.averages import RateAndAverages
+from gen_dist.integrations.horizon import with_horizon
 from gen_dist.scheduler import GenScheduler
 
 try:
@@ -72,24 +74,36 @@ class GenCallback(Callback):
     what `training_step` logs then, and updates of torchmetrics. Accumulation, clipping, precision and checkpoints stay
     the Trainer's.
 
+    Where the scheduler averages weights, as `AutoGen` does, the averaged weights are the result. Validation within
+    `fit` and the `state_dict` of checkpoints take them, so the best checkpoint has the weights that were validated, and
+    at the end they stay in the module. A resumed run goes on with the weights in training.
+
     Args:
-        scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`; by default `AutoGen` with
-            the Trainer's number of steps, if it is known, as its horizon.
+        scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.AutoGen, update_every=4)`; by default `AutoGen`.
+            It gets the Trainer's number of steps, if that is known, as its `total_steps`, if it takes that and does not
+            have it.
     """
 
     def __init__(self, scheduler: SchedulerFactory | None = None) -> None:
-        self._make_scheduler = scheduler
-        self._rate = RateAtStep()
+        self._given = scheduler
+        self._rate = RateAndAverages()
+        self._stage = ""
+        self._validation = contextlib.ExitStack()
 
     @property
     def scheduler(self) -> GenScheduler:
         """The scheduler that sets the rates. Raises `RuntimeError` before training has started."""
         return self._rate.scheduler
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
+        if stage == "fit":
+            self._rate = RateAndAverages()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check(trainer, pl_module)
         steps = trainer.estimated_stepping_batches
-        make = self._make_scheduler or partial(AutoGen, total_steps=int(steps) if math.isfinite(steps) else None)
+        make = with_horizon(self._given, int(steps) if math.isfinite(steps) else None)
         optimizer = as_gen_optimizer(unwrapped(trainer.optimizers[0]))
         assert trainer.strategy.model is not None
         self._rate.attach(make(optimizer, trainer.strategy.model))
@@ -99,14 +113,35 @@ class GenCallback(Callback):
             self._rate.batches.clear()
         self._rate.batches.append(partial(_loss, trainer, pl_module, batch, batch_idx))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rate.end()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.enter_context(self._rate.averaged())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.close()  # before a checkpoint is saved: callbacks that save are the last ones
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # it was off when validation began
+            self._validation.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._rate.averages is not None:
+            with self._rate.averaged():
+                averages = trainer.strategy.lightning_module_state_dict()
+                checkpoint["state_dict"] = {name: _copied(value) for name, value in averages.items()}
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._validation.close()
         self._rate.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return self._rate.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rate.load_state_dict(state_dict)
+        if self._stage == "fit":  # not where the best model is loaded, to test it
+            self._rate.load_state_dict(state_dict)
 
 
 def _check(trainer: Trainer, module: LightningModule) -> None:
@@ -142,6 +177,10 @@ def _unrecorded(module: LightningModule) -> Iterator[None]:
                 del vars(owner)[name]
             else:
                 vars(owner)[name] = usual
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _nothing(*_: Any, **__: Any) -> None:

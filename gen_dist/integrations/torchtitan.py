@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_dist.direction import GenOptimizer
@@ -90,9 +91,25 @@ class GenMixin(Base):
         with self.train_context():
             prediction = self.model_parts[0](inputs, **extra)
             positions = {"positions": extra["positions"]} if "positions" in extra else {}
-            share, _ = self.loss_fn(prediction, labels, global_valid_tokens, **positions)
+            share = _share(self.loss_fn, prediction, labels, global_valid_tokens, positions)
         dims = self.parallel_dims
         return share * (self.gradient_accumulation_steps * dims.dp_replicate * dims.dp_shard * dims.cp)
+
+
+def _share(loss_fn: Any, prediction: Tensor, labels: Tensor, tokens: Tensor, more: dict[str, Any]) -> Tensor:
+    """The loss. torchtitan's chunked one calls `backward()` for each chunk; here the chunks stay in one graph."""
+    if (lm_head := getattr(loss_fn, "lm_head", None)) is None:
+        return loss_fn(prediction, labels, tokens, **more)[0]
+
+    def chunks(whole: Tensor) -> tuple[Tensor, ...]:
+        return whole.chunk(loss_fn.num_chunks, dim=1)
+
+    cut = {name: chunks(value) for name, value in more.items()}
+    shares = []
+    for i, (hidden, of_hidden) in enumerate(zip(chunks(prediction), chunks(labels), strict=True)):
+        of_chunk = {name: parts[i] for name, parts in cut.items()}
+        shares.append(loss_fn.loss_fn(lm_head(hidden), of_hidden, tokens, **of_chunk)[0])
+    return torch.stack(shares).sum()
 
 
 class _Build:

@@ -7,17 +7,20 @@ For a trainer of another class, such as TRL's, put the mixin before it: `class M
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from gen_dist.direction import as_gen_optimizer
-from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
-from gen_dist.recipes import AutoGen
+from gen_dist.integrations.at_step import SchedulerFactory, unwrapped
+from gen_dist.integrations.averages import RateAndAverages
+from gen_dist.integrations.horizon import with_horizon
+from gen_dist.integrations.records import records_kept
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "gen_dist.integrations.transformers needs transformers: pip install 'transformers[torch]'"
@@ -31,7 +34,7 @@ else:
 __all__ = ["GenMixin", "GenTrainer"]
 
 
-class TrainerScheduler(RateAtStep):
+class TrainerScheduler(RateAndAverages):
     """What the `Trainer` steps, saves and loads as its `lr_scheduler`."""
 
     def step(self) -> None:
@@ -44,16 +47,24 @@ class GenMixin(Base):
     Once training has started, `trainer.lr_scheduler.scheduler` is that scheduler. It ignores the training argument
     `lr_scheduler_type`, and keeps `learning_rate` until the first update.
 
+    Where the scheduler averages weights, as `AutoGen` does, the averaged weights are the result. `evaluate`,
+    `predict`, `save_model` and the model of each checkpoint take them also in the middle of training, so
+    `load_best_model_at_end` loads what was evaluated. At the end they stay in the model. A resumed run goes on with the
+    weights in training, which stand in the checkpoint's `scheduler.pt`.
+
     Args:
-        scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.ExactGen, lr_max=0.1)`; by default `AutoGen` with
-            the number of training steps as its horizon.
+        scheduler: `gen_dist.ExactGen`, or `functools.partial(gen_dist.AutoGen, update_every=4)`; by default `AutoGen`.
+            It gets the number of training steps as its `total_steps`, if it takes that and does not have it.
     """
 
     lr_scheduler: Any
+    _is_next_batch = False  # whether the inputs that are prepared next are those of a training step
 
     def __init__(self, *args: Any, scheduler: SchedulerFactory | None = None, **kwargs: Any) -> None:
         self._given = scheduler
+        self._rate = TrainerScheduler()
         super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, _AtTheEnd(self))  # before those that export the model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -61,26 +72,36 @@ class GenMixin(Base):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if isinstance(self.lr_scheduler, RateAtStep):  # of a training run before this one
-            self.lr_scheduler.detach()
-        self._make = self._given or partial(AutoGen, total_steps=num_training_steps)
-        self.lr_scheduler = TrainerScheduler()
+        self._rate.detach()  # of a training run before this one
+        self._make = with_horizon(self._given, num_training_steps)
+        self._rate = self.lr_scheduler = TrainerScheduler()
         return self.lr_scheduler
 
+    # ------------------------------------------------------------------------------------------------ training
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        rate: TrainerScheduler = self.lr_scheduler
+        rate = self._rate
         if not rate.attached:  # the model comes wrapped only now
             rate.attach(self._make(as_gen_optimizer(unwrapped(self.optimizer)), model))
         if len(rate.batches) == self.current_gradient_accumulation_steps:  # a step that the gradient scaler left out
             rate.batches.clear()
-        rate.batches.append(lambda: self._loss(model, inputs, num_items_in_batch))
-        return super().training_step(model, inputs, num_items_in_batch)
+        self._is_next_batch = True
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        rate.batches.append(partial(self._loss, model, self._inputs, num_items_in_batch))
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Note what the loss of a training step is taken of: it may be generated, or drawn from a buffer."""
+        is_batch, self._is_next_batch = self._is_next_batch, False
+        prepared = super()._prepare_inputs(inputs)
+        if is_batch:
+            self._inputs = copy(prepared)  # the loss may take entries out
+        return prepared
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """The loss of a micro-batch, scaled so that the mean over a step's micro-batches is the loss trained on."""
-        with self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(inputs)
-            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with records_kept(self), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, copy(inputs), num_items_in_batch=num_items_in_batch)
         return loss * self.current_gradient_accumulation_steps if self._is_share(num_items_in_batch) else loss
 
     def _is_share(self, num_items_in_batch: Any) -> bool:
@@ -89,6 +110,35 @@ class GenMixin(Base):
             return bool(told)
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(accepts or self.compute_loss_func is not None)
+
+    # ------------------------------------------------------------------------------------- the averaged weights
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._rate.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._rate.averaged():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._rate.averaged():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._rate.checkpointed():  # FSDP's own file of the model, too, which the best one is loaded from
+            super()._save_checkpoint(*args, **kwargs)
+
+
+class _AtTheEnd(TrainerCallback):
+    """Leaves the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
+
+    def __init__(self, trainer: GenMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self.trainer._rate.end(hand_over=not loaded)
 
 
 class GenTrainer(GenMixin, Trainer):
