@@ -41,8 +41,8 @@ def images(model: nn.Module, size: int, channels: int, classes: int, batch: int)
 def resnet50() -> Problem:
     try:
         from torchvision.models import resnet50
-    except ImportError as error:
-        raise ImportError("ResNet-50 is part of torchvision: pip install torchvision") from error
+    except (ImportError, RuntimeError) as error:  # not there, or made for another PyTorch
+        raise ImportError(f"ResNet-50 is part of torchvision: pip install torchvision ({error})") from error
     return images(resnet50(), 224, 3, 1000, batch=64)
 
 
