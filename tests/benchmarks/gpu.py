@@ -13,7 +13,8 @@ Memory is the peak of an iteration beyond what was held before it. Launches and 
 with an update, or, in rows of every 8th or 16th step, of one between two updates. Without a GPU operators are counted
 in place of launches, and reads of results by Python in place of waits.
 
-Peers (gen-optim, double backward, curvlinops) need pip install "gen_dist[benchmarks]", and ResNet-50 torchvision.
+Peers (gen-optim, double backward, curvlinops) do not know FSDP2: their ratios are over the row `plain, no FSDP2`. They
+need pip install "gen_dist[benchmarks]", and ResNet-50 needs torchvision.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 import gpu_rates
 import peers
 from counting import Counts, counted
-from gpu_cases import CASES, SMOKE_CASES, Case, Method, methods
+from gpu_cases import CASES, MODELS, SMOKE_CASES, Case, Method, methods
 from memory import peak_memory
 from quality_report import heading, line
 from update_cost import Iteration
@@ -171,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=["cost", "rates"], default=["cost"])
     parser.add_argument("--smoke", action="store_true", help="tiny models, on the CPU if there is no GPU")
-    parser.add_argument("--models", nargs="+", help="only these: 'GPT 124M' 'GPT 350M' ResNet-50")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="only these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10, help="of the cost; after that no method begins")
     gpu_rates.add_arguments(parser)
@@ -183,10 +184,11 @@ def main() -> None:
     if "cost" in options.part:
         only_flash_attention()
         deadline = time.monotonic() + 60 * options.minutes
-        effort = Effort(
-            *(1, 1) if options.smoke else (options.rounds, 2), deadline, "aot_eager" if options.smoke else "inductor"
-        )
-        cases = [c for c in (SMOKE_CASES if options.smoke else CASES) if c.model in (options.models or [c.model])]
+        full = Effort(options.rounds, 2, deadline, "inductor")
+        effort = Effort(1, 1, deadline, "aot_eager") if options.smoke else full
+        cases = SMOKE_CASES if options.smoke else CASES
+        if options.models:
+            cases = [case for case in cases if case.model in options.models]
         with one_rank(device):
             print_costs(cases, device, effort)
     if "rates" in options.part:
