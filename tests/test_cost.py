@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import HostReads
 from memory import allocations
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from update_cost import problem
 
@@ -132,22 +132,6 @@ def test_passes_over_the_parameters_by_jets(curvature: str) -> None:
     in_update, in_step = passes(curvature, 2)
     assert len([name for name in in_update if name != "mm"]) == DIRECTION + LOOKS, in_update
     assert len(in_step) == 1, in_step
-
-
-class HostReads(TorchFunctionMode):
-    """Records where Python waits for the numbers of a tensor. The random state is on the host, so it does not count."""
-
-    NAMES = frozenset("__bool__ __float__ __int__ item tolist numpy cpu equal allclose".split())
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in self.NAMES and not (isinstance(args[0], Tensor) and args[0].dtype == torch.uint8):
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("curvature", "probes"), ESTIMATORS)

@@ -85,6 +85,44 @@ def test_bfloat16_rates(name: str, how: str, estimator: tuple[str, int]) -> None
         assert len(ratios) > STEPS / 2, f"only {len(ratios)} accepted by both, {declined} declined"
 
 
+@pytest.mark.parametrize("estimator", [("exact", 2), ("forward", 2), ("forward", 1)])
+@pytest.mark.parametrize("compiled_blocks", [False, True])
+def test_autocast_in_the_model_counts_as_around_it(compiled_blocks: bool, estimator: tuple[str, int]) -> None:
+    """Also where the model gives its output in float32: no false alarm, and no rate from rounding."""
+
+    class Autocast(GPT):
+        inside = False
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.inside or torch.is_autocast_enabled("cpu")):
+                return super().forward(tokens).float()
+
+    curvature, probes = estimator
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = Autocast(64, context=16)
+        tokens = torch.randint(64, (2, 17))
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        if compiled_blocks:
+            for block in model.blocks:
+                block.compile(backend="eager")
+        seen = []
+        for inside in (False, True):
+            model.inside = inside
+            optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-5)
+            scheduler = gen.GenScheduler(optimizer, model, criterion, curvature=curvature, probes=probes)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+                loss = criterion(model(x), y)
+            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+                scheduler.step(x, y)
+            assert scheduler.last is not None
+            seen.append(scheduler.last.reason)
+            optimizer.zero_grad()
+        assert seen[0] == seen[1]
+        assert curvature == "exact" or seen[0] == "curvature within rounding"
+
+
 def autocast_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return criterion(model(x), y)

@@ -22,7 +22,7 @@ from gen_dist.forward_state import Restart, forward_state_kept
 from gen_dist.line.data import Slice
 from gen_dist.parallel import Layout, local
 from gen_dist.restore import contents_kept, gradients_kept, parametrizations_anew, restoring
-from gen_dist.torch_private import forward_pre_hooks_of
+from gen_dist.torch_private import forward_pre_hooks_of, is_compiled, is_scripted
 
 __all__ = ["ROUNDINGS_OF_LOSS", "Line", "Walk", "noting_precision"]
 
@@ -184,11 +184,11 @@ def _moving(direction: Direction) -> Iterator[_Moving]:
 
 @contextlib.contextmanager
 def noting_precision(layout: Layout) -> Iterator[list[float]]:
-    """Yield a list of the relative roundings of the model: of its weights, its policy, and autocast around it."""
+    """Yield a list of the relative roundings of the model: of its weights, its policy, and autocast around or in it."""
     model: nn.Module = layout.model
     roundings = [ROUNDINGS_OF_MODEL * torch.finfo(dtype).eps for dtype in layout.compute_dtypes()]
     devices = {p.device.type for p in model.parameters()}
-    hooks = forward_pre_hooks_of(model)
+    modules = [model, *_inside(model)]
 
     def note(*_: object) -> None:
         for device in devices:
@@ -196,9 +196,19 @@ def noting_precision(layout: Layout) -> Iterator[list[float]]:
                 roundings.append(ROUNDINGS_OF_MODEL * torch.finfo(torch.get_autocast_dtype(device)).eps)
 
     def remove() -> None:  # without its handle, which an interrupt can lose
-        for key in [key for key, hook in hooks.items() if hook is note]:
-            del hooks[key]
+        for hooks in map(forward_pre_hooks_of, modules):
+            for key in [key for key, hook in hooks.items() if hook is note]:
+                del hooks[key]
 
     with restoring(remove):
-        model.register_forward_pre_hook(note)
+        for module in modules:
+            module.register_forward_pre_hook(note)
         yield roundings
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside of this one, but for those of compiled code, which would be compiled again for a hook."""
+    for child in [] if is_compiled(module) or is_scripted(module) else module.children():
+        if not (is_compiled(child) or is_scripted(child)):
+            yield child
+            yield from _inside(child)

@@ -93,11 +93,20 @@ PRODUCTS: dict[str, Callable[..., Product]] = {
 PEERS = [*PRODUCTS, "gen-optim"]
 
 
-def iteration(peer: str, model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Callable[[], None]:
+def iteration(
+    peer: str,
+    model: nn.Module,
+    criterion: Criterion,
+    x: Tensor,
+    y: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    fused: bool | None = None,
+) -> Callable[[], None]:
     """An iteration of AdamW with this package's number. Raises `ImportError`, or `Unable` if the number is wrong."""
     if peer == "gen-optim":
-        return gen_optim(model, criterion, x, y)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4)
+        return gen_optim(model, criterion, x, y, fused)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4, fused=fused)
     product = PRODUCTS[peer](model, criterion, x, y)
 
     def curvature(product: Product) -> float:
@@ -121,16 +130,18 @@ def iteration(peer: str, model: nn.Module, criterion: Criterion, x: Tensor, y: T
     except RuntimeError as error:
         raise Unable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     optimizer.reset()
-    if abs(found - true) > TOLERANCE * abs(true):
+    if abs(found - true) > tolerance * abs(true):
         raise Unable(f"its d'Hd is {found:.6g}, double backward's {true:.6g}")
     print(f"      {peer:<18} d'Hd {found:.6g}, double backward {true:.6g}")
     return run
 
 
-def gen_optim(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> Callable[[], None]:
+def gen_optim(
+    model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, fused: bool | None = None
+) -> Callable[[], None]:
     from GeN import lr_parabola
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -140,7 +151,7 @@ def gen_optim(model: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> C
             optimizer,
             criterion,
             tr_iter=iter([(x, y)]),
-            device="cpu",
+            device=str(x.device),
             task="image_cls",
             lr_factor=[-1, 0, 1],
         )

@@ -39,6 +39,7 @@ __all__ = [
     "MissingDataError",
     "Reading",
     "Task",
+    "ladder",
     "load",
     "measured",
 ]
@@ -86,9 +87,9 @@ class Task:
         return make(model.parameters(), lr=rate)
 
     def new_model(self, dataset: Dataset, seed: int) -> nn.Module:
-        """The model with the weights of this seed, which also fixes the random numbers of dropout."""
+        """The model where the data is, with the weights of this seed, which also fixes the masks of dropout."""
         torch.manual_seed(seed)
-        return self.model(dataset.classes)
+        return self.model(dataset.classes).to(dataset.train_x.device)
 
     def batches(self, dataset: Dataset, steps: int, seed: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """This rank's slices of `steps` batches, epoch after epoch, which are the same for the same seed."""
@@ -203,7 +204,7 @@ class Reading:
 
 def measured(task: Task, dataset: Dataset, state: State) -> Reading:
     """The quality of these weights. Statistics of batch norms come from training data, for every method."""
-    model = task.model(dataset.classes)
+    model = task.model(dataset.classes).to(dataset.train_x.device)
     model.load_state_dict(state)
     train_x, train_y = sampled(dataset.train_x, dataset.train_y, task.sample)
     test_x, test_y = sampled(dataset.test_x, dataset.test_y, task.sample)

@@ -26,6 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +76,36 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def training(
-    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, how: Options | None = None
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    how: Options | None = None,
+    *,
+    fused: bool | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Iteration:
-    """An iteration of AdamW: plain, or with an update by `GenScheduler`, whose options are `how`."""
-    optimizer, scheduler = torch.optim.AdamW(model.parameters(), lr=1e-5), None
+    """An iteration of AdamW: plain, or with an update by `GenScheduler`, whose options are `how`.
+
+    Forward passes run inside of `around()`.
+    """
+    optimizer, scheduler = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused), None
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # which does nothing
     if how is not None:
         scheduler = gen.GenScheduler(gen.as_gen_optimizer(optimizer), model, criterion, lr_max=1e-5, **how)
 
     def iteration() -> None:
         optimizer.zero_grad()
-        loss = criterion(model(x), y)
-        loss.backward()
+        with around():
+            loss = criterion(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         if scheduler is not None:
-            scheduler.step(x, y, loss=loss)
-        optimizer.step()
+            with around():
+                scheduler.step(x, y, loss=loss)
+        scaler.step(optimizer)
+        scaler.update()
 
     return iteration
 
