@@ -152,7 +152,8 @@ class AveragedWeights:
     def put(self, values: list[Tensor]) -> None:
         """Set the weights to these values of theirs, such as `weights()` was before."""
         self.layout.reshard()
-        foreach_copy_([local(p) for p in self.parameters[: len(values)]], values)
+        if values:
+            foreach_copy_([local(p) for p in self.parameters[: len(values)]], values)
 
     def weights(self) -> list[Tensor]:
         """Return copies of this rank's part of the weights in training."""

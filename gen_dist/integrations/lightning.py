@@ -33,6 +33,7 @@ from gen_dist.direction import as_gen_optimizer
 from gen_dist.integrations.at_step import RateAtStep, SchedulerFactory, unwrapped
 from gen_dist.integrations.averages import RateAndAverages
 from gen_dist.integrations.horizon import with_horizon
+from gen_dist.line import batches_of
 from gen_dist.scheduler import GenScheduler
 
 try:
@@ -64,7 +65,7 @@ class FabricGen(RateAtStep):
         batches: Sequence[Any] | None = None,
     ) -> None:
         """The batch of this step: one, or with accumulation the list of all its micro-batches."""
-        self.batches = list(batches) if batches is not None else [closure if closure is not None else (x, y)]
+        self.batches = list(batches_of(x, y, closure, batches))
 
 
 class GenCallback(Callback):
