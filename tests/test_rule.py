@@ -210,6 +210,18 @@ def test_a_growth_that_has_ended_too_early_goes_on() -> None:
     assert growth == sorted(growth, reverse=True), "slower and slower, by 1 + 3 / t"
 
 
+@pytest.mark.parametrize(("loss", "again"), [(0.5, True), (0.11, True), (0.09, False), (1e-6, False)])
+def test_near_the_end_of_a_training_small_steps_are_no_reason_to_grow_again(loss: float, again: bool) -> None:
+    """A classifier of few sentences reached a loss of 3e-4, and its rate twenty times what it can bear."""
+    rule = Auto()
+    state = path(rule, [(0.8, 0.01)] * 3)[-1]
+    assert state.memory.settled
+    for _ in range(3):
+        line = seen(1e-3 * loss / state.rate, 1e-6 * loss / state.rate**2, loss=loss)
+        state = rule.decide(state, line, 2, FREE)
+    assert state.memory.growth == pytest.approx(1.07 if again else 1 + 0.5 / state.memory.age)
+
+
 def test_a_rate_beyond_the_minimum_is_halved() -> None:
     rule = Auto()
     states = path(rule, [(0.1, 0.01)] * 3 + [(5.0, 0.01)] * 2 + [(0.5, 0.01)])

@@ -27,6 +27,7 @@ REMEMBERED = 3  # updates, of which the median counts: one strange batch decides
 UNSETTLED_STRIDE = 6  # steps between updates at most, while the rate grows fast
 LONGEST_STRIDE = 128
 UNSEEN = 3  # steps of quick growth at most, between two updates
+DONE = 0.1  # of the first loss: below it, small steps are those of a training that ends, not of a growth that was cut
 
 
 class AutoMemory(NamedTuple):
@@ -74,7 +75,8 @@ class Auto:
     in between by what lies between. The first time that one of them passes its limit, this growth ends: the rate has
     settled. From then on it creeps, by `1 + creep / t` at step `t`, while `e` is below its limit, `p` below twice its
     limit, and the rate times the loss not larger than when it settled. Where both are below a tenth of their limits,
-    as after a growth that a few strange batches have ended, it grows again, by at most `slow`.
+    as after a growth that a few strange batches have ended, it grows again, by at most `slow`, unless the loss has
+    already fallen to a tenth of the first one: near its end, steps are small for another reason.
 
     The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
 
@@ -132,19 +134,20 @@ class Auto:
         if of_limits > 1 and not memory.settled:
             memory = memory._replace(settled=True, budget=rate * loss)
         free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
-        growth = min(self._growth(memory, of_limits, free), self.quick ** (UNSEEN / max(steps, 1)))
+        falls_on = loss > DONE * memory.first_loss
+        growth = min(self._growth(memory, of_limits, free, falls_on), self.quick ** (UNSEEN / max(steps, 1)))
         memory = memory._replace(growth=growth)
         used = clamp.of(rate)
         if reason in (None, CURVATURE_NOT_POSITIVE):  # for this rule, no minimum ahead is an answer too
             reason = ACCEPTED if used == rate else CLAMPED
         return state._replace(rate=used, reason=reason, memory=memory)
 
-    def _growth(self, memory: AutoMemory, of_limits: float, free: bool) -> float:
+    def _growth(self, memory: AutoMemory, of_limits: float, free: bool, falls_on: bool) -> float:
         """What the rate is multiplied by at each step, up to the next update."""
         if not memory.settled:
             slowed = math.log10(max(of_limits, 0.01)) + 2  # 0 at a hundredth of the limits, 1 at a tenth
             return self.quick + min(slowed, 1.0) * (self.slow - self.quick)
-        if of_limits < 0.1:
+        if of_limits < 0.1 and falls_on:
             return min(self.slow, 1 + 3 / memory.age)
         return 1 + self.creep / memory.age if free else 1.0
 
