@@ -90,7 +90,7 @@ def test_rates_and_weights_follow_the_recipe_written_out() -> None:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         d = reference.direction(model, optimizer)
-        if step - updated >= 2:
+        if step - updated >= 3:
             loss, slope, curvature = reference.derivatives(lambda x=x, y=y: criterion(model(x), y), weights, d)
             size = (sum(p.square().sum() for p in weights) / sum(v.square().sum() for v in d)).sqrt().item()  # type: ignore[union-attr]
             rate = rate or 5e-5 * size

@@ -259,7 +259,7 @@ def test_updates_that_come_to_nothing(
     curvature: str, make: Any, loss: Any, reason: str, remedy: str, said: Callable[[], list[str]]
 ) -> None:
     loop = Loop(curvature, make=make, update_every=1)
-    for _ in range(8):
+    for _ in range(12):
         loop.optimizer.zero_grad()
         loop.backward()
         loop.scheduler.step(closure=lambda: loss(loop.model, loop.x, loop.y))

@@ -276,12 +276,12 @@ def test_other_forms_of_a_batch_and_maximize() -> None:
 
 
 class Square(torch.autograd.Function):
-    """An operator without an exact rule."""
+    """A custom function by NumPy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x * x
+        return torch.from_numpy(x.detach().numpy() ** 2)  # where jets cannot follow
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
