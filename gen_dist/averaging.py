@@ -156,15 +156,14 @@ class AveragedWeights:
 
         Batches of inputs, if there are any, recompute the running statistics of batch norms.
         """
-        if not self.count:
-            raise ValueError("there are no averaged weights yet: they begin after the first optimizer.step()")
         self.layout.reshard()
         weights = [local(p).detach() for p in self.parameters[: len(self.average)]]
         buffers = [local(b) for b in self.layout.model.buffers()]
         # the model may hold gathered copies of the average at the end
         with everything_restored(), restoring(self.layout.reshard), contents_kept(weights), contents_kept(buffers):
-            with torch.no_grad():
-                foreach_copy_(weights, self.average)
+            if weights:  # before the first step the average is the weights themselves
+                with torch.no_grad():
+                    foreach_copy_(weights, self.average)
             batches = list(batches)
             if batches:
                 _recompute_statistics(batches, self.layout.model)
