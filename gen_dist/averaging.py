@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -164,9 +164,10 @@ class AveragedWeights:
             if weights:  # before the first step the average is the weights themselves
                 with torch.no_grad():
                     foreach_copy_(weights, self.average)
-            batches = list(batches)
-            if batches:
-                _recompute_statistics(batches, self.layout.model)
+            rest = iter(batches)  # one at a time: they may be a whole data loader
+            first = next(rest, None)
+            if first is not None:
+                _recompute_statistics(chain([first], rest), self.layout.model)
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,6 +267,6 @@ def _here() -> str:
     return f"rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
-def _recompute_statistics(batches: list[Any], model: nn.Module) -> None:
+def _recompute_statistics(batches: Iterable[Any], model: nn.Module) -> None:
     device = next((p.device for p in model.parameters()), None)
     update_bn(batches, model, device=device)

@@ -8,7 +8,7 @@ import io
 import math
 import statistics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -329,6 +329,23 @@ def test_before_the_first_step_the_average_is_the_weights_themselves() -> None:
     averaged = scheduler.averaged_state_dict()
     assert averaged.keys() == weights.keys()
     assert all(torch.equal(averaged[name], weights[name]) for name in weights)
+
+
+def test_batches_for_the_average_go_one_at_a_time() -> None:
+    """They may be the data loader of a data set that does not fit into memory."""
+    scheduler, x, y = small_problem()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(5):
+            batch = x.clone()
+            alive.append(weakref.ref(batch))
+            yield batch, y
+            del batch
+            assert sum(each() is not None for each in alive) <= 2, "this one and the first"
+
+    with scheduler.averaged(batches()):
+        assert len(alive) == 5
 
 
 def test_averages_that_are_not_there_say_so() -> None:
