@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -167,8 +167,6 @@ class AveragedWeights:
         Batches of inputs, if there are any, recompute the running statistics of batch norms. Yields what `weights()`
         returned before.
         """
-        if not self.count:
-            raise ValueError("there are no averaged weights yet: they begin after the first optimizer.step()")
         self.layout.reshard()
         weights = [local(p).detach() for p in self.parameters[: len(self.average)]]
         buffers = [local(b) for b in self.layout.model.buffers()]
@@ -179,10 +177,11 @@ class AveragedWeights:
             contents_kept(weights) as kept,
             contents_kept(buffers),
         ):
-            self.put_in_place()
-            batches = list(batches)
-            if batches:
-                _recompute_statistics(batches, self.layout.model)
+            self.put_in_place()  # nothing before the first step: the average is the weights themselves
+            rest = iter(batches)  # one at a time: they may be a whole data loader
+            first = next(rest, None)
+            if first is not None:
+                _recompute_statistics(chain([first], rest), self.layout.model)
             yield kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -282,6 +281,6 @@ def _here() -> str:
     return f"rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
-def _recompute_statistics(batches: list[Any], model: nn.Module) -> None:
+def _recompute_statistics(batches: Iterable[Any], model: nn.Module) -> None:
     device = next((p.device for p in model.parameters()), None)
     update_bn(batches, model, device=device)

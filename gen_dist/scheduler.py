@@ -297,8 +297,9 @@ class GenScheduler(LRScheduler):
     def averaged(self, batches: Iterable[Any] = ()) -> Iterator[None]:
         """Put the averaged weights in the model for the block; restore its own bit for bit, also after an error.
 
-        Call it after `optimizer.step()`. `batches` of inputs recompute the running statistics of batch norms for the
-        average. Raises `ValueError` where no average is kept, or before the first step.
+        Call it after `optimizer.step()`; before the first step the average is the weights themselves. `batches` of
+        inputs, or of pairs as a data loader has them, recompute the running statistics of batch norms for the average.
+        Raises `ValueError` where no average is kept.
         """
         if self.average is None:
             raise ValueError("this scheduler keeps no averaged weights: make it with average=True, or use AutoGen")

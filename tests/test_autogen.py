@@ -8,7 +8,7 @@ import io
 import math
 import statistics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -322,10 +322,34 @@ def test_the_average_is_in_the_checkpoint_and_can_be_exported() -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_before_the_first_step_the_average_is_the_weights_themselves() -> None:
+    """Many scripts evaluate before they train."""
+    scheduler, _, _ = small_problem()
+    weights = {name: value.clone() for name, value in scheduler.model.state_dict().items()}
+    averaged = scheduler.averaged_state_dict()
+    assert averaged.keys() == weights.keys()
+    assert all(torch.equal(averaged[name], weights[name]) for name in weights)
+
+
+def test_batches_for_the_average_go_one_at_a_time() -> None:
+    """They may be the data loader of a data set that does not fit into memory."""
+    scheduler, x, y = small_problem()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(5):
+            batch = x.clone()
+            alive.append(weakref.ref(batch))
+            yield batch, y
+            del batch
+            assert sum(each() is not None for each in alive) <= 2, "this one and the first"
+
+    with scheduler.averaged(batches()):
+        assert len(alive) == 5
+
+
 def test_averages_that_are_not_there_say_so() -> None:
     scheduler, _, _ = small_problem()
-    with pytest.raises(ValueError, match="no averaged weights yet"), scheduler.averaged():
-        pass
     plain = gen.ExactGen(scheduler.optimizer, scheduler.model)
     with pytest.raises(ValueError, match="average=True"), plain.averaged():
         pass

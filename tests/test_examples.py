@@ -239,3 +239,28 @@ def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
     assert criterion(model(x), y).item() < before
     last = names["scheduler"].last
     assert last.accepted or last.reason == "curvature not positive"  # of a random batch
+
+
+SCRIPTS = (EXAMPLES / "scripts.md").read_text()
+OURS = "\n".join(line[1:] for line in re.findall(r"^\+.*", SCRIPTS, re.MULTILINE))
+
+
+def test_the_lines_for_public_scripts_name_what_there_is() -> None:
+    names = set(re.findall(r"\bgen\.(\w+)", SCRIPTS))
+    assert {"AutoGen", "RateAtStep", "as_gen_optimizer"} <= names
+    assert not [name for name in names if not hasattr(gen, name)]
+    imports = re.findall(r"from (gen_dist\.integrations\.\w+) import (\w+)", OURS)
+    assert len(set(imports)) >= 4
+    for module, name in imports:
+        source = (EXAMPLES.parent / (module.replace(".", "/") + ".py")).read_text()
+        assert re.search(rf"^class {name}\b", source, re.MULTILINE), name
+
+
+def test_every_public_script_of_the_table_has_its_diff() -> None:
+    headings = [
+        re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^## (.*)", SCRIPTS, re.MULTILINE)
+    ]
+    links = re.findall(r"\]\(#(.*?)\)", SCRIPTS)
+    assert len(links) >= 10
+    assert set(links) == set(headings)
+    assert SCRIPTS.count("```diff") == len(headings) - 1  # but for the table of what was run
