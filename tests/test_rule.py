@@ -233,6 +233,19 @@ def test_a_rate_beyond_the_minimum_is_halved() -> None:
     assert states[5].rate == states[4].rate
 
 
+@pytest.mark.parametrize(
+    ("e", "loss", "falls"), [(1.7, 2.1, True), (0.9, 100.0, False), (1.7, 1.9, False), (3.9, 1.0, False)]
+)
+def test_a_loss_that_jumps_on_a_step_beyond_the_minimum_halves_the_rate(e: float, loss: float, falls: bool) -> None:
+    rule = Auto()
+    before = path(rule, [(0.1, 0.01)] * 3)[-1]
+    line = seen(1e-3 / before.rate, e * 1e-3 / before.rate**2, loss=loss)
+    state = rule.decide(before, line, 2, FREE)
+    assert state.rate == pytest.approx(before.rate / (2 if falls else 1))
+    assert (state.reason == "the rate was beyond the minimum: halved") == falls
+    assert rule.is_due(state._replace(updated=state.step), 3) == falls, "the next step looks again"
+
+
 def test_directions_that_do_not_descend_end_growth_and_curvature_in_rounding_does_not() -> None:
     rule = Auto()
     up = seen(-1.0, 1.0)

@@ -27,6 +27,7 @@ REMEMBERED = 3  # updates, of which the median counts: one strange batch decides
 UNSETTLED_STRIDE = 6  # steps between updates at most, while the rate grows fast
 LONGEST_STRIDE = 128
 UNSEEN = 3  # steps of quick growth at most, between two updates
+JUMP = 2.0  # of a loss, against the median of those before
 DONE = 0.1  # of the first loss: below it, small steps are those of a training that ends, not of a growth that was cut
 
 
@@ -78,7 +79,9 @@ class Auto:
     as after a growth that a few strange batches have ended, it grows again, by at most `slow`, unless the loss has
     already fallen to a tenth of the first one: near its end, steps are small for another reason.
 
-    The rate falls in one case: where `e` is beyond `far`, steps go up the other side of the valley, and it is halved.
+    The rate falls in one case: where steps go up the other side of the valley, it is halved. That is where `e` is
+    beyond `far`, or where the last update alone is beyond the minimum and its loss is twice the median of those before.
+    Then the next step is an update, too.
 
     Updates are `update_every` steps apart at first, up to 6 as the rate grows on, and `t / 2` once it has settled, but
     not more than 128.
@@ -123,10 +126,11 @@ class Auto:
         rate = state.rate if memory.started or whole_step is None else self.start * whole_step
         if not memory.started:
             memory = memory._replace(started=True, first_loss=parabola.loss)
+        jumped = bool(memory.losses) and parabola.loss > JUMP * median(memory.losses)
         memory = self._with(memory, parabola, reason)._replace(age=memory.age + steps)
         of_minimum = rate * median(memory.curvatures)  # e
         of_loss = rate * median(memory.slopes)  # p
-        if self.far < of_minimum < math.inf:
+        if self.far < of_minimum < math.inf or (jumped and 1 < rate * memory.curvatures[-1] < math.inf):
             memory = memory._replace(curvatures=(), slopes=(), losses=(), growth=1.0, settled=True)
             return state._replace(rate=clamp.of(rate / 2), reason=WENT_TOO_FAR, memory=memory)
         of_limits = max(of_minimum / self.edge, of_loss / self.share)
@@ -159,7 +163,7 @@ class Auto:
 
     def is_due(self, state: State, update_every: int) -> bool:
         memory: AutoMemory = state.memory
-        if not memory.started:
+        if not memory.started or state.reason == WENT_TOO_FAR:
             return True
         settled, growing = min(memory.age // 2, LONGEST_STRIDE), min(memory.age // 8, UNSETTLED_STRIDE)
         stride = settled if memory.settled else growing
