@@ -60,6 +60,25 @@ def make_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=rate)
 
 
+def make_lion(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    from lion_pytorch import Lion
+
+    return Lion(model.parameters(), lr=rate)
+
+
+def make_muon(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Muon for matrices, and its AdamW for embeddings and vectors."""
+    from pytorch_optimizer import Muon
+
+    named = dict(model.named_parameters())
+    matrices = [name for name, p in named.items() if p.ndim >= 2 and "emb" not in name]
+    groups = [
+        {"params": [named[name] for name in matrices], "lr": rate, "use_muon": True},
+        {"params": [p for name, p in named.items() if name not in matrices], "lr": rate, "use_muon": False},
+    ]
+    return gen.make_gen_optimizer(Muon, groups, lr=rate)
+
+
 def make_sgd(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
 
@@ -166,6 +185,8 @@ UNTUNED_METHODS: dict[str, Start] = {
     "textbook": textbook,
     "autogen": autogen(),
     "autogen-adamw": autogen(make=make_adamw),
+    "autogen-lion": autogen(make=make_lion),
+    "autogen-muon": autogen(make=make_muon),
     "autogen-horizon": autogen(horizon=True),
     "autogen-optimizers-momentum": autogen(momentum="optimizer"),
     "autogen-both-momenta": autogen(average=gen.Averaging(momentum=0.9, power=1, rate_power=2)),
