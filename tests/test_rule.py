@@ -280,12 +280,12 @@ def test_auto_refuses_what_makes_no_sense(wrong: dict[str, float]) -> None:
         Auto(**wrong)  # type: ignore[arg-type]
 
 
-def due(rule: Auto, state: State, update_every: int, until: int) -> list[int]:
-    """The steps at which a run on lines without curvature is measured."""
+def due(rule: Auto, state: State, update_every: int, until: int, e: float = 0.0) -> list[int]:
+    """The steps at which a run is measured on lines along which its rate is the share `e` of the way to the minimum."""
     seen_at = []
     while state.step < until:
         if rule.is_due(state, update_every):
-            state = update(rule, state, seen(1e-9, 0.0), FREE)
+            state = update(rule, state, lines(e, 1e-9, state.rate), FREE)
             seen_at.append(state.step)
         state = rule.advance(state, Clamp(0.0, 1.0))
     return seen_at
@@ -295,12 +295,14 @@ def test_updates_become_rarer() -> None:
     growing = due(Auto(), Auto().begin(1.0), 3, 80)
     assert growing[:10] == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert growing[-3:] == [63, 69, 75], "every sixth step as long as the rate grows"
-    settled = path(Auto(), [(1.0, 0.01)])[-1]
-    steps = due(Auto(), settled._replace(step=2, updated=1), 2, 2000)
-    gaps = [b - a for a, b in itertools.pairwise(steps)]
-    assert gaps == sorted(gaps)
-    assert gaps[-1] == 128
-    assert sum(step < 600 for step in steps) < 16
+    settled = path(Auto(), [(1.0, 0.01)] * 3)[-1]
+    for e, share, largest, in_600 in ((1.0, 2, 128, 16), (0.0, 8, 128, 40)):  # at rest, and growing again
+        steps = due(Auto(), settled._replace(step=6, updated=5), 2, 3000, e)
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert gaps[3:] == sorted(gaps[3:])
+        assert gaps[-1] == largest
+        assert all(gap <= max((step + 4) / share, 2) for step, gap in zip(steps[3:], gaps[3:], strict=False))
+        assert sum(step < 600 for step in steps) < in_600
 
 
 def test_auto_measures_at_every_step_until_it_has_started() -> None:

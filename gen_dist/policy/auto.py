@@ -26,7 +26,7 @@ __all__ = ["Auto", "AutoMemory"]
 REMEMBERED = 3  # updates, of which the median counts: one strange batch decides nothing
 UNSETTLED_STRIDE = 6  # steps between updates at most, while the rate grows fast
 LONGEST_STRIDE = 128
-UNSEEN = 3  # steps of quick growth at most, between two updates
+UNSEEN = 3  # steps of quick growth, as much as the rate may grow between two updates
 JUMP = 2.0  # of a loss, against the median of those before
 DONE = 0.1  # of the first loss: below it, small steps are those of a training that ends, not of a growth that was cut
 
@@ -81,10 +81,10 @@ class Auto:
 
     The rate falls in one case: where steps go up the other side of the valley, it is halved. That is where `e` is
     beyond `far`, or where the last update alone is beyond the minimum and its loss is twice the median of those before.
-    Then the next step is an update, too.
+    Then the next step is an update, too, and the rate does not grow before three updates.
 
-    Updates are `update_every` steps apart at first, up to 6 as the rate grows on, and `t / 2` once it has settled, but
-    not more than 128.
+    Updates are `update_every` steps apart at first, up to 6 as the rate grows on, and `t / 2` once it has settled
+    (`t / 8` while it grows again), but not more than 128.
 
     With `total_steps` the rate is zero after them, and at the last of them the weights become their average, if one is
     kept. The initial rate of the optimizer plays no part.
@@ -139,8 +139,9 @@ class Auto:
             memory = memory._replace(settled=True, budget=rate * loss)
         free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
         falls_on = loss > DONE * memory.first_loss
-        growth = min(self._growth(memory, of_limits, free, falls_on), self.quick ** (UNSEEN / max(steps, 1)))
-        memory = memory._replace(growth=growth)
+        memory = memory._replace(growth=self._growth(memory, of_limits, free, falls_on))
+        unseen = max(steps, self._stride(memory), 1)
+        memory = memory._replace(growth=min(memory.growth, self.quick ** (UNSEEN / unseen)))
         used = clamp.of(rate)
         if reason in (None, CURVATURE_NOT_POSITIVE):  # for this rule, no minimum ahead is an answer too
             reason = ACCEPTED if used == rate else CLAMPED
@@ -151,6 +152,8 @@ class Auto:
         if not memory.settled:
             slowed = math.log10(max(of_limits, 0.01)) + 2  # 0 at a hundredth of the limits, 1 at a tenth
             return self.quick + min(slowed, 1.0) * (self.slow - self.quick)
+        if len(memory.curvatures) < REMEMBERED:  # as after a rate that was halved
+            return 1.0
         if of_limits < 0.1 and falls_on:
             return min(self.slow, 1 + 3 / memory.age)
         return 1 + self.creep / memory.age if free else 1.0
@@ -165,9 +168,16 @@ class Auto:
         memory: AutoMemory = state.memory
         if not memory.started or state.reason == WENT_TOO_FAR:
             return True
-        settled, growing = min(memory.age // 2, LONGEST_STRIDE), min(memory.age // 8, UNSETTLED_STRIDE)
-        stride = settled if memory.settled else growing
-        return state.step + 1 - state.updated >= max(stride, update_every)
+        return state.step + 1 - state.updated >= max(self._stride(memory), update_every)
+
+    def _stride(self, memory: AutoMemory) -> int:
+        """The number of steps to the next update; the user's `update_every` may be larger."""
+        if not memory.settled:
+            return min(memory.age // 8, UNSETTLED_STRIDE)
+        if len(memory.curvatures) < REMEMBERED:
+            return 1
+        grows_again = memory.growth > 1 + self.creep / memory.age
+        return min(memory.age // (8 if grows_again else 2), LONGEST_STRIDE)
 
     def factor(self, step: int) -> float:
         return 1.0 if self.total_steps is None or step < self.total_steps else 0.0
