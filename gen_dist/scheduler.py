@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,8 +149,9 @@ class GenScheduler(LRScheduler):
         with the error raises at once, while the others wait for it up to the process group's timeout: let the error
         end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing.
         """
-        slice_of = partial(as_slice, self.model, self.criterion, sign=self._sign(), compute_loss=self.compute_loss)
-        data = slice_of(x, y, closure, batches, weight, loss)
+        sign = loss_sign(self.optimizer.param_groups)
+        given = (x, y, closure, batches, weight, loss)
+        data = as_slice(self.model, self.criterion, *given, sign=sign, compute_loss=self.compute_loss)
         due = self._begin(data)
 
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -273,9 +273,6 @@ class GenScheduler(LRScheduler):
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             group.setdefault("initial_lr", float(group["lr"]))
             self.base_lrs.append(float(group["initial_lr"]))
-
-    def _sign(self) -> float:
-        return loss_sign(self.optimizer.param_groups)
 
     def _probe(self) -> float:
         return max(self.state.probe, SMALLEST_PROBE)
