@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -142,6 +143,61 @@ def test_batches_that_miss_the_steep_direction_do_not_let_it_diverge(seed: int) 
             steps(scheduler, inputs[batch], targets[batch], 1, F.mse_loss)
     with scheduler.averaged():
         assert F.mse_loss(model(inputs), targets) < 0.1  # the variance of the targets is 1 / 12
+
+
+class PostNorm(nn.Module):
+    """PyTorch's own encoder layer; token ids `(time, batch)` of 500 -> logits `(time * batch, 500)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(500, 64)
+        layer = nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 500)
+        for module in (self.token, self.head):
+            nn.init.uniform_(module.weight, -0.1, 0.1)
+        self.position = nn.Parameter(0.1 * torch.randn(20, 1, 64))
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(20))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(8 * self.token(tokens) + self.position, self.mask)).flatten(0, 1)
+
+
+def sentences(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Words by Zipf's law, every second of them one of four that may follow the word before."""
+    follows, zipf = torch.randint(500, (500, 4)), 1 / torch.arange(1.0, 501)
+    batches = []
+    for _ in range(count):
+        words = [torch.multinomial(zipf, 20, True)]
+        for _ in range(20):
+            follower = follows[words[-1], torch.randint(4, (20,))]
+            words.append(torch.where(torch.rand(20) < 0.5, follower, torch.multinomial(zipf, 20, True)))
+        text = torch.stack(words)
+        batches.append((text[:-1], text[1:].flatten()))
+    return batches
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_post_norm_transformer_is_not_spoiled_by_growth(seed: int) -> None:
+    """A rate above 4e-3 kills it within some steps, and its loss stays near 5; 3e-3 trains."""
+
+    def loss_after_training(auto: bool) -> float:
+        torch.manual_seed(seed)
+        *batches, held_out = sentences(221)
+        model = PostNorm()
+        optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=3e-3)
+        scheduler = gen.AutoGen(optimizer, model, F.cross_entropy) if auto else None
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+            if scheduler:
+                scheduler.step(x, y)
+            optimizer.step()
+        with torch.no_grad(), scheduler.averaged() if scheduler else contextlib.nullcontext():
+            return F.cross_entropy(model(held_out[0]), held_out[1]).item()
+
+    assert loss_after_training(auto=True) < 1.06 * loss_after_training(auto=False)
 
 
 def test_a_skipped_last_step_of_a_known_horizon_leaves_the_average_all_the_same() -> None:

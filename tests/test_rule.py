@@ -171,6 +171,23 @@ def test_growth_ends_at_either_limit_once_two_of_three_updates_say_so(over: tupl
 
 
 @pytest.mark.parametrize(
+    ("over", "kept"),
+    [((0.9, 0.01), 1 / 1.2), ((0.1, 0.22), 1 / 1.1), ((3.0, 0.01), 1 / 1.07**4)],
+    ids=["e", "p", "not below the rate before"],
+)
+def test_growth_that_has_passed_a_limit_goes_back_to_it(over: tuple[float, float], kept: float) -> None:
+    """What the rate has grown by since the update before, nobody had measured; a post-norm transformer died of it."""
+    rule = Auto()
+    below = (0.1, 0.02)
+    before, after = path(rule, [below, below, over, over], steps=4)[2:]
+    assert (before.memory.settled, after.memory.settled) == (False, True), "the median decides"
+    grown = before.rate * before.memory.growth**4
+    assert before.memory.growth == pytest.approx(1.07)
+    assert after.rate == pytest.approx(grown * kept)
+    assert after.memory.budget == pytest.approx(after.rate)
+
+
+@pytest.mark.parametrize(
     ("losses", "fall"),
     [([4.0], 2.0), ([4.0, 3.0], 1.5), ([4.0, 2.5], 1.5), ([4.0, 2.0], 2.0), ([4.0, 1.0], 1.0), ([4.0, 5.0], 2.5)],
     ids=["at first", "half", "as much as it has fallen", "as much, and to zero", "not below zero", "a loss that rose"],

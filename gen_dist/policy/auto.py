@@ -74,10 +74,12 @@ class Auto:
     The rate starts small relative to the weights: its first step moves the share `start` of `|theta|`. It grows by the
     factor `quick` a step as long as both numbers are below a hundredth of their limits, by `slow` from a tenth on, and
     in between by what lies between. The first time that one of them passes its limit, this growth ends: the rate has
-    settled. From then on it creeps, by `1 + creep / t` at step `t`, while `e` is below its limit, `p` below twice its
-    limit, and the rate times the loss not larger than when it settled. Where both are below a tenth of their limits,
-    as after a growth that a few strange batches have ended, it grows again, by at most `slow`, unless the loss has
-    already fallen to a tenth of the first one: near its end, steps are small for another reason.
+    settled. It goes back to where the limit was passed, as far as the two numbers grow with the rate, but not below
+    the rate that the update before has seen. From then on it creeps, by `1 + creep / t` at step `t`, while `e` is below
+    its limit, `p` below twice its limit, and the rate times the loss not larger than when it settled. Where both are
+    below a tenth of their limits, as after a growth that a few strange batches have ended, it grows again, by at most
+    `slow`, unless the loss has already fallen to a tenth of the first one: near its end, steps are small for another
+    reason.
 
     The rate falls in one case: where steps go up the other side of the valley, it is halved. That is where `e` is
     beyond `far`, or where the last update alone is beyond the minimum and its loss is twice the median of those before.
@@ -136,6 +138,7 @@ class Auto:
         of_limits = max(of_minimum / self.edge, of_loss / self.share)
         loss = median(memory.losses)
         if of_limits > 1 and not memory.settled:
+            rate = max(rate / of_limits, rate / state.memory.growth**steps)  # growth since the last update was a guess
             memory = memory._replace(settled=True, budget=rate * loss)
         free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
         falls_on = loss > DONE * memory.first_loss
