@@ -104,6 +104,11 @@ def patch_step(optimizer: Optimizer) -> None:
     optimizer._patch_step_function()
 
 
+def supports_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a step does nothing where a tensor in `optimizer.found_inf` is 1: what `GradScaler` asks of it."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 # --- parallel: DTensor, FSDP2
 
 

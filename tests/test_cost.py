@@ -141,3 +141,28 @@ def test_the_host_reads_two_results_an_update(curvature: str, probes: int) -> No
     with HostReads() as reads:
         update()
     assert reads.seen == ["item", "tolist"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "waits"),
+    [
+        (torch.optim.AdamW, {"fused": True}, 0),
+        (torch.optim.SGD, {"fused": True}, 0),
+        (torch.optim.SGD, {"fused": True, "momentum": 0.9}, 1),
+        (torch.optim.SGD, {}, 1),
+    ],
+)
+def test_between_updates_the_host_waits_for_no_fused_optimizer(
+    optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], waits: int
+) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = gen.make_gen_optimizer(optimizer_class, model.parameters(), lr=1e-3, **options)
+    scheduler = gen.GenScheduler(optimizer, model, F.mse_loss, update_every=100, average=True)
+    x, y = torch.randn(2, 3), torch.randn(2, 1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        with HostReads() as reads:
+            scheduler.step(x, y)
+            optimizer.step()
+    assert reads.seen == ["item"] * waits
