@@ -33,7 +33,6 @@ foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
 
 set_grad_enabled = torch._C._set_grad_enabled
