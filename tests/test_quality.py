@@ -198,7 +198,8 @@ def test_the_cost_is_that_of_all_methods_in_turns(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(quality_cost, "load", stand_in)
     said = quality_cost.cost("mlp", ["autogen", "adamw-linear-0.001"], steps=6, seed=0, directory=tmp_path)
     found = re.fullmatch(r"mlp, 6 steps of ([\d.]+) ms: autogen ([\d.]+)", said)
-    assert found and float(found[1]) > 0
+    assert found is not None
+    assert float(found[1]) > 0
     assert float(found[2]) > 1, "of six steps, two measure"
 
 
