@@ -114,15 +114,15 @@ class GenMixin(Base):
     # ------------------------------------------------------------------------------------- the averaged weights
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             return super().predict(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
