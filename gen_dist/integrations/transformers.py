@@ -64,7 +64,7 @@ class GenMixin(Base):
         self._given = scheduler
         self._rate = TrainerScheduler()
         super().__init__(*args, **kwargs)
-        self.callback_handler.callbacks.insert(0, _AtTheEnd(self))  # before those that export the model
+        self.callback_handler.callbacks.insert(0, _AfterSteps(self))  # before those that export the model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -83,8 +83,6 @@ class GenMixin(Base):
         rate = self._rate
         if not rate.attached:  # the model comes wrapped only now
             rate.attach(self._make(as_gen_optimizer(unwrapped(self.optimizer)), model))
-        if len(rate.batches) == self.current_gradient_accumulation_steps:  # a step that the gradient scaler left out
-            rate.batches.clear()
         self._is_next_batch = True
         loss = super().training_step(model, inputs, num_items_in_batch)
         rate.batches.append(partial(self._loss, model, self._inputs, num_items_in_batch))
@@ -130,13 +128,18 @@ class GenMixin(Base):
             super()._save_checkpoint(*args, **kwargs)
 
 
-class _AtTheEnd(TrainerCallback):
-    """Leaves the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
+class _AfterSteps(TrainerCallback):
+    """What is left to do after a step, and after the last one."""
 
     def __init__(self, trainer: GenMixin) -> None:
         self.trainer = trainer
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the batches of a step that the gradient scaler left out; their gradients go by `model.zero_grad()`."""
+        self.trainer._rate.batches.clear()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
         loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         self.trainer._rate.end(hand_over=not loaded)
 
