@@ -5,6 +5,7 @@ A row is a function from a model, its input and its target to a loss. The oracle
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +111,21 @@ class Table(nn.Module):
         return self.head(h.tanh() if h.dim() == 2 else h.tanh().mean(1))
 
 
+def copied_by_a_kernel(x: Tensor) -> Tensor:
+    """As Triton and other kernels do, it asks for the memory of its arguments."""
+    y, x = torch.empty_like(x), x.contiguous()
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.nbytes)
+    return y
+
+
+def scaled_by_a_kernel(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = copied_by_a_kernel(model(x))
+    return mse(model(x) * scale, copied_by_a_kernel(y))
+
+
 STOPS: dict[str, Loss] = {
+    "a kernel in no_grad": scaled_by_a_kernel,
     "inference mode": target_inside(torch.inference_mode),
     "inference mode as decorator": target_of_decorated(torch.inference_mode),
     "no_grad as decorator": target_of_decorated(torch.no_grad),
@@ -664,6 +679,12 @@ class Clipped(OldStyle):
         return g.clamp(-1, 1)
 
 
+class ByKernel(OldStyle):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return copied_by_a_kernel(x)
+
+
 class Rounded(OldStyle):
     """The gradient of its forward code but for rounding, of which only its author knows that it is harmless."""
 
@@ -687,6 +708,7 @@ FUNCTIONS: dict[str, tuple[str, Loss]] = {
     "nested": ("Around", through(Around.apply)),
     "clips": ("Clipped", through(Clipped.apply)),
     "rounds": ("Rounded", through(Rounded.apply)),
+    "runs a kernel": (r"data_ptr\(\)", through(ByKernel.apply)),
     "disabled for the compiler": ("Identity", through(torch.compiler.disable(Identity.apply))),
     "of a view": ("Identity", through(lambda h: Identity.apply(h.view(-1)).view_as(h))),
     "of a weight": (

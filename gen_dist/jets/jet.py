@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from gen_dist.torch_private import Operator, new_wrapper, no_torch_function
+from gen_dist.torch_private import Operator, forbid_memory, new_wrapper, no_torch_function
 
 __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
@@ -113,6 +113,7 @@ class Jet(Tensor):
             dtype=value.dtype,
             device=value.device,
         )
+        forbid_memory(jet)
         jet.value = value
         jet._derivatives = (velocity, acceleration)
         jet._writes = 0

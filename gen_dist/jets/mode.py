@@ -35,8 +35,19 @@ __all__ = ["JetMode", "NeedsGraph"]
 
 DETACH = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
 GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+MEMORY = Tensor.data_ptr
 SPECIAL = frozenset(
-    {*DETACH, GRAD, set_grad_enabled, torch.autograd.grad, *CONSTANTS, *ANSWERS, *REPLACEMENTS, *recurrent_kernels}
+    {
+        *DETACH,
+        GRAD,
+        MEMORY,
+        set_grad_enabled,
+        torch.autograd.grad,
+        *CONSTANTS,
+        *ANSWERS,
+        *REPLACEMENTS,
+        *recurrent_kernels,
+    }
 )
 
 
@@ -127,6 +138,8 @@ class JetMode(TorchFunctionMode):
                 return self._gradient(*args, **kwargs)
         if (special and function in DETACH and not self._stops.follow) or self._stops.at(args, kwargs):
             return function(*constant(args), **constant(kwargs))
+        if special and function is MEMORY:
+            return _memory(args[0])
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
         if special or type(function) is FunctionType:
@@ -244,6 +257,14 @@ def _is_plain_subclass(kind: Any) -> bool:
         getattr(kind.__torch_function__, "__func__", None) is plain.__torch_function__.__func__
         and kind.__torch_dispatch__ is plain.__torch_dispatch__
     )
+
+
+def _memory(tensor: Tensor) -> int:
+    if moves(tensor):
+        why = "hands its memory to a kernel that jets cannot follow"
+        raise UnsupportedOperation("data_ptr() of a tensor that depends on the parameters", why)
+    pointer: int = values(tensor).data_ptr()
+    return pointer
 
 
 def _refuse_backward() -> None:
