@@ -235,10 +235,7 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
 
 @contextlib.contextmanager
 def running_script() -> Iterator[list[UnsupportedOperation]]:
-    """Context manager in which the operator `detach` stops derivatives: no function mode sees TorchScript call it.
-
-    It gives the list of the errors raised inside, of which the interpreter makes others.
-    """
+    """Context manager with the list of the errors raised inside: the interpreter of TorchScript makes others of it."""
     raised: list[UnsupportedOperation] = []
     token = _in_script.set(raised)
     try:
@@ -249,7 +246,7 @@ def running_script() -> Iterator[list[UnsupportedOperation]]:
 
 def stops_derivatives(name: str) -> bool:
     """Whether the operator of this name stops derivatives now: an alias where `without_derivatives` asks for it."""
-    return (_stopping.get() and name == "alias") or (_in_script.get() is not None and name == "detach")
+    return _stopping.get() and name == "alias"
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
 from gen_dist.jets.rules.recurrent import covered, recurrent
-from gen_dist.jets.stops import Stops, constant, leaves
+from gen_dist.jets.stops import Stops, StopsInScript, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
     is_wrapped_by_a_transform,
@@ -226,13 +227,18 @@ class JetMode(TorchFunctionMode):
         args, kwargs = self._replaced(args), self._replaced(kwargs)
         if self._stops.at(args, kwargs):
             return run(*constant(args), **constant(kwargs))
-        with running_script() as raised:
+        # where a custom function runs its forward code, gradients are disabled, and nothing stops
+        stops = StopsInScript() if torch.is_grad_enabled() else contextlib.nullcontext()
+        with running_script() as raised, stops:
             try:
                 return run(*args, **kwargs)
             except RuntimeError as error:  # the interpreter makes it of all errors
-                if not raised:
+                if raised:
+                    why = f"calls what jets refuse ({raised[0].reason})"
+                elif "Cannot access data pointer" in str(error):
+                    why = "is compiled for plain tensors, whose memory it asks for"
+                else:
                     raise
-                why = f"calls what jets refuse ({raised[0].reason})"
                 raise UnsupportedOperation("a function of TorchScript", why) from error
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
