@@ -6,7 +6,8 @@ Loops unscale, clip and accumulate in different places, but all before that call
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ class RateAtStep:
 
     A micro-batch counts if its gradient does: `optimizer.zero_grad()` takes it away, so a step that a `GradScaler`
     leaves out does no harm. A step without batches is left alone. Do not call `scheduler.step` yourself; save and load
-    the scheduler, or this object, as you would any other.
+    the scheduler, or this object, as you would any other. Evaluate `with rate.averaged():`.
 
     Most trainers save a scheduler on one rank (`saved_on_one_rank`). Of a sharded model it has only a part of the
     averaged weights: they are not saved then, and begin anew from the weights of the checkpoint.
@@ -172,6 +173,16 @@ class RateAtStep:
         elif batches:
             self.scheduler.step(batches=batches)
         return (optimizer,), {}
+
+    # ----------------------------------------------------------------------------------- the averaged weights
+
+    def averaged(self, batches: Iterable[Any] = ()) -> AbstractContextManager[None]:
+        """Put the averaged weights in the model for the block, as `GenScheduler.averaged` does."""
+        return self.scheduler.averaged(batches)
+
+    def averaged_state_dict(self, batches: Iterable[Any] = ()) -> dict[str, Tensor]:
+        """Return the model's state dict with averaged weights, as `GenScheduler.averaged_state_dict` does."""
+        return self.scheduler.averaged_state_dict(batches)
 
     # ---------------------------------------------------------------------- what a trainer asks of a scheduler
 

@@ -223,6 +223,9 @@ Operator: TypeAlias = torch._ops.OpOverload
 new_wrapper = Tensor._make_wrapper_subclass
 """Makes a tensor of a subclass that has a shape, strides, a dtype and a device, but no storage."""
 
+forbid_memory = torch._C._set_throw_on_mutable_data_ptr
+"""Lets C++ code that asks such a tensor for its memory raise `RuntimeError`: it would get a null pointer, and crash."""
+
 no_torch_function = torch._C._disabled_torch_function_impl
 """As `__torch_function__` of a subclass: functions run as they are, and only `__torch_dispatch__` sees the subclass."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchvision_for_cpus  # noqa: F401 - before timm is imported
 from problems import criterion, data, new_model, parallel
 from torch import Tensor, nn
 
@@ -112,25 +112,11 @@ def ignite_by_its_events(kind: str = "replica", accumulate: int = 1) -> Reports:
 # ------------------------------------------------------------------------------- timm's NativeScaler
 
 
-def native_scaler() -> Any:
-    """The scaler of timm, which imports torchvision: PyPI has that for CUDA alone, and its import asks for `nms`."""
-    try:
-        import torchvision  # noqa: F401 - the import is what is tried
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor d, Tensor s, float iou_threshold) -> Tensor")
-    from timm.utils import NativeScaler
-
-    return NativeScaler(device="cpu")
-
-
 def timm_loop(training: Training, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     """The loop of timm's `train.py`, with its scaler."""
-    scaler = native_scaler()
+    from timm.utils import NativeScaler
+
+    scaler = NativeScaler(device="cpu")
     for index, (x, y) in enumerate(training.batches):
         loss = loss_of(x, y) / training.accumulate
         update = (index + 1) % training.accumulate == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -389,6 +390,76 @@ def hugging_face(model: nn.Module, setting: Setting) -> Rates:
     if setting.default:
         assert_ended_in_the_average(trainer.lr_scheduler.scheduler)
     return seen
+
+
+Told = list[tuple[int, float]]
+
+
+def transformers_with_overflows(overflow: set[int], folder: str) -> tuple[Told, Told]:
+    """Two epochs of five micro-batches, in steps of 2, 2 and 1, of which the gradient scaler leaves some out.
+
+    Returns the number of micro-batches of each update and its loss, as the scheduler and as the plain model tell them.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import TrainerCallback, TrainingArguments
+
+    from gen_dist.integrations.transformers import GenTrainer
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of(bfloat16=False)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": criterion(self.inner(x), labels)}
+
+    class Telling(gen.ExactGen):
+        def step(self, *args: Any, **given: Any) -> None:
+            super().step(*args, **given)
+            assert self.last is not None
+            told.append((len(given["batches"]), self.last.loss))
+
+    class Scaled(GenTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+            micro.append(inputs)
+            return super().training_step(model, inputs, *args)
+
+    class Overflows(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in overflow:
+                model.inner.head.weight.grad.fill_(torch.inf)
+            else:
+                with torch.no_grad():
+                    losses = [model(**inputs)["loss"] for inputs in micro]
+                true.append((len(losses), torch.stack(losses).mean().item()))
+            micro.clear()
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    told: Told = []
+    true: Told = []
+    micro: list[Any] = []
+    model = Model()
+    arguments = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
+        num_train_epochs=2,
+        optim="adamw_torch",  # the fused one is called also where the scaler found an overflow
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    samples: Any = [{"x": x, "labels": y} for x, y in dataset()][: 5 * BATCH]
+    scheduler = partial(Telling, lr_max=1e-3)
+    Scaled(model=model, args=arguments, train_dataset=samples, callbacks=[Overflows()], scheduler=scheduler).train()
+    return told, true
 
 
 # ----------------------------------------------------------------------------------------------- torchtitan

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision_for_cpus  # noqa: F401 - before a trainer is imported
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

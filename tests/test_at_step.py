@@ -12,10 +12,12 @@ import hidden_loops as loops
 import pytest
 import torch
 import torch.nn.functional as F
+from effects import assert_unchanged
 from hidden_loops import Recorded, Reports, Training, plain
 from problems import criterion, data, new_model
 from rank_pool import Pool
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import gen_dist as gen
 
@@ -72,6 +74,107 @@ def test_on_ranks(pool: Callable[[int], Pool], kind: str) -> None:
     assert len({repr(seen) for seen in expected}) == 1
     for loop in (loops.ignite_by_its_criterion, loops.ignite_by_its_events):
         assert pool(2).run(loop, kind, 2) == expected
+
+
+# ------------------------------------------------------------------- a loss of the scheduler's, averaged weights
+
+
+def by_dict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return criterion(model(batch["x"]), batch["y"])
+
+
+def by_pair(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return criterion(model(batch[0]), batch[1])
+
+
+COLLECTED: dict[str, tuple[Callable[..., Tensor], Callable[[gen.RateAtStep, Tensor, Tensor], None]]] = {
+    "a dict": (by_dict, lambda rate, x, y: rate.collect({"x": x, "y": y})),
+    "a pair": (by_pair, lambda rate, x, y: rate.collect(x, y)),
+    "batches": (by_pair, lambda rate, x, y: rate.collect(batches=[(x, y)])),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("way", COLLECTED)
+def test_what_is_collected_is_what_the_scheduler_computes_the_loss_of(way: str, accumulate: int) -> None:
+    compute_loss, collect = COLLECTED[way]
+    training = Training(accumulate=accumulate, compute_loss=compute_loss)
+    rate = gen.RateAtStep(training.scheduler)
+    for group in training.groups:
+        training.optimizer.zero_grad()
+        for x, y in group:
+            collect(rate, x, y)
+            (criterion(training.model(x), y) / accumulate).backward()
+        training.optimizer.step()
+    assert training.scheduler.seen == plain(accumulate=accumulate)
+
+
+class Labelled(nn.Module):
+    """Returns its own loss, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = new_model()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": criterion(self.inner(x), labels)}
+
+
+def test_a_dict_whose_loss_the_model_returns() -> None:
+    model = Labelled()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), **loops.ADAMW)
+    scheduler = Recorded(optimizer, model)
+    rate = gen.RateAtStep(scheduler)
+    for x, y in data(loops.STEPS, batch=4):
+        optimizer.zero_grad()
+        model(x, y)["loss"].backward()
+        rate.collect({"x": x, "labels": y})
+        optimizer.step()
+    assert scheduler.seen == plain()
+
+
+def normed() -> tuple[nn.Module, gen.AutoGen]:
+    """A model with a batch norm, and its scheduler."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters())
+    return model, gen.AutoGen(optimizer, model, F.mse_loss)
+
+
+def test_the_averaged_weights_are_those_of_the_plain_loop_and_those_in_training_come_back() -> None:
+    (model, scheduler), (twin, its) = normed(), normed()
+    rate = gen.RateAtStep(scheduler)
+    x, y = torch.randn(5, 8, 4).double(), torch.randn(5, 8, 3).double()
+    for inputs, targets in zip(x, y, strict=True):
+        for each, stepped in ((model, scheduler), (twin, its)):
+            stepped.optimizer.zero_grad()
+            F.mse_loss(each(inputs), targets).backward()
+        rate.collect(inputs, targets)
+        scheduler.optimizer.step()
+        its.step(inputs, targets)
+        its.optimizer.step()
+    in_training, expected = copy.deepcopy(model.state_dict()), copy.deepcopy(twin)
+    assert its.average is not None
+    assert its.average.count == 5
+    with torch.no_grad():
+        for p, average in zip(expected.parameters(), its.average.average, strict=True):
+            p.copy_(average)
+    for batches in ((), list(x)):
+        if batches:
+            update_bn(batches, expected)
+        with rate.averaged(batches):
+            assert_unchanged(expected.state_dict(), model.state_dict())
+        assert_unchanged(expected.state_dict(), rate.averaged_state_dict(batches))
+        assert_unchanged(in_training, model.state_dict())
+    assert not torch.equal(in_training["0.weight"], expected[0].weight)
+
+
+def test_without_averages_the_block_says_how_to_get_them() -> None:
+    rate = gen.RateAtStep(Training().scheduler)
+    with pytest.raises(ValueError, match="make it with average=True, or use AutoGen"), rate.averaged():
+        pass
+    with pytest.raises(ValueError, match="make it with average=True, or use AutoGen"):
+        rate.averaged_state_dict()
 
 
 # ---------------------------------------------------------------- which batches count
@@ -298,7 +401,7 @@ def test_a_wrong_call_says_what_to_type(call: Callable[..., None], text: str) ->
 
 def test_without_a_scheduler_nothing_is_collected() -> None:
     rate = gen.RateAtStep()
-    for call in (lambda: rate.collect(1, 2), lambda: rate.collect_from(criterion)):
+    for call in (lambda: rate.collect(1, 2), lambda: rate.collect_from(criterion), rate.averaged):
         with pytest.raises(RuntimeError, match="no scheduler yet"):
             call()
 

@@ -417,7 +417,7 @@ def sharded_run() -> dict[str, Any]:
         rate.batches.append((x, y))
         optimizer.step()
     in_training, averages = whole_weights(model), rate.scheduler.averaged_state_dict()
-    with rate.averaged(), rate.averaged():
+    with rate.result_in_place(), rate.result_in_place():
         evaluated = whole_weights(model)
     with rate.checkpointed():
         checkpointed = whole_weights(model)

@@ -92,6 +92,18 @@ def test_a_model_of_transformers_that_counts_its_tokens(pool: Pools, ranks: int,
         assert rates == pytest.approx(trainers.plain_language_model(), rel=1e-4)  # it takes its loss in float32
 
 
+@needs("transformers", "accelerate")
+@pytest.mark.parametrize("overflow", [set(), {0}, {1}, {2}, {1, 2, 4}])
+def test_transformers_takes_the_batches_away_of_a_step_that_the_scaler_leaves_out(
+    overflow: set[int], tmp_path: Path
+) -> None:
+    """Also where an epoch ends in the middle of an accumulation."""
+    with trainers.launched():
+        told, true = trainers.transformers_with_overflows(overflow, str(tmp_path))
+    assert [count for count, _ in true] == [count for i, count in enumerate([2, 2, 1] * 2) if i not in overflow]
+    assert told == [(count, pytest.approx(loss, rel=1e-10)) for count, loss in true]
+
+
 @pytest.mark.parametrize("name", [p for p in TRAINERS if p.values[0] in ("lightning", "transformers")])
 def test_by_default_the_number_of_steps_is_the_horizon(name: str) -> None:
     rates = train(name, Setting(default=True))  # it looks at the end of the run

@@ -5,8 +5,9 @@ A row is a function from a model, its input and its target to a loss. The oracle
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -110,7 +111,21 @@ class Table(nn.Module):
         return self.head(h.tanh() if h.dim() == 2 else h.tanh().mean(1))
 
 
+def copied_by_a_kernel(x: Tensor) -> Tensor:
+    """As Triton and other kernels do, it asks for the memory of its arguments."""
+    y, x = torch.empty_like(x), x.contiguous()
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.nbytes)
+    return y
+
+
+def scaled_by_a_kernel(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = copied_by_a_kernel(model(x))
+    return mse(model(x) * scale, copied_by_a_kernel(y))
+
+
 STOPS: dict[str, Loss] = {
+    "a kernel in no_grad": scaled_by_a_kernel,
     "inference mode": target_inside(torch.inference_mode),
     "inference mode as decorator": target_of_decorated(torch.inference_mode),
     "no_grad as decorator": target_of_decorated(torch.no_grad),
@@ -664,6 +679,12 @@ class Clipped(OldStyle):
         return g.clamp(-1, 1)
 
 
+class ByKernel(OldStyle):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return copied_by_a_kernel(x)
+
+
 class Rounded(OldStyle):
     """The gradient of its forward code but for rounding, of which only its author knows that it is harmless."""
 
@@ -687,6 +708,7 @@ FUNCTIONS: dict[str, tuple[str, Loss]] = {
     "nested": ("Around", through(Around.apply)),
     "clips": ("Clipped", through(Clipped.apply)),
     "rounds": ("Rounded", through(Rounded.apply)),
+    "runs a kernel": (r"data_ptr\(\)", through(ByKernel.apply)),
     "disabled for the compiler": ("Identity", through(torch.compiler.disable(Identity.apply))),
     "of a view": ("Identity", through(lambda h: Identity.apply(h.view(-1)).view_as(h))),
     "of a weight": (
@@ -745,6 +767,67 @@ def test_functions_of_torchscript_are_followed(name: str) -> None:
     model, x, y, d = problem()
     script = torch.jit.trace(SCRIPTS[name], (torch.randn(6, 5), torch.randn(5)))
     assert_right(model, lambda: mse(model[2](script(model[0](x), model[0].bias)), y), d)  # type: ignore[index]
+
+
+def with_stops(x: Tensor, bias: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x * x
+        scale.add_(bias)
+    return scale * x.tanh() + bias.detach() * x
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("times", [1, 3])
+def test_derivatives_stop_in_a_function_of_torchscript(times: int) -> None:
+    """Also once it is optimized."""
+    model, x, y, d = problem()
+    script = torch.jit.script(with_stops)
+    for _ in range(times):
+        assert_right(model, lambda: mse(model[2](script(model[0](x), model[0].bias)), y), d)  # type: ignore[index]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_nothing_stops_in_a_function_of_torchscript_that_a_custom_function_calls() -> None:
+    """Neither does it without TorchScript: what counts is the gradient that the custom function defines."""
+    script = torch.jit.script(with_stops)
+
+    class Scripted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return script(x, torch.ones(5))  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return g * (2 * x * x.tanh() + (x * x + 1) * (1 - x.tanh() ** 2) + 1)
+
+    model, x, y, d = problem()
+    same = lambda h: (h * h + 1) * h.tanh() + h  # noqa: E731
+    assert_right(model, lambda: through(Scripted.apply)(model, x, y), d, lambda: through(same)(model, x, y))
+
+
+@pytest.fixture
+def fusing() -> Iterator[None]:
+    """TorchScript compiles what it has seen twice, as it does on GPUs."""
+    torch._C._jit_override_can_fuse_on_cpu(True)
+    torch._C._jit_set_te_must_use_llvm_cpu(False)
+    yield
+    torch._C._jit_override_can_fuse_on_cpu(False)
+    torch._C._jit_set_te_must_use_llvm_cpu(True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.usefixtures("fusing")
+def test_a_compiled_function_of_torchscript_is_refused() -> None:
+    """One that it has compiled for tensors without gradients; a jet would give it a null pointer."""
+    model, x, y, d = problem()
+    script = torch.jit.trace(SCRIPTS["product"], (torch.randn(6, 5), torch.randn(5)))
+    with torch.no_grad():
+        for _ in range(3):
+            script(model[0](x), model[0].bias)  # type: ignore[index]
+    loss = lambda: mse(model[2](script(model[0](x), model[0].bias)), y)  # type: ignore[index] # noqa: E731
+    assert_refused("TorchScript is compiled", model, loss, d)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

@@ -272,6 +272,56 @@ def test_other_forms_of_a_batch_and_maximize() -> None:
         assert other == pytest.approx(seen[0], rel=1e-10)
 
 
+class Labelled(nn.Module):
+    """Returns its own loss, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(self.inner(x), labels)}
+
+
+def of_pair(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return model(*batch)["loss"]  # type: ignore[no-any-return]
+
+
+FORMS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Any], dict[str, Any]]] = {
+    "closure": (lambda model, x, y: lambda: model(x, y)["loss"], {}),
+    "dict": (lambda model, x, y: {"x": x, "labels": y}, {}),
+    "compute_loss": (lambda model, x, y: (x, y), {"compute_loss": of_pair}),
+}
+
+
+def watched_by(form: str, parts: int, curvature: str) -> tuple[list[gen.Watched], dict[str, Tensor]]:
+    """What is seen of steps whose batch, in so many parts, has this form; and the weights in the end."""
+    model, (batch_of, loss) = Labelled(), FORMS[form]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    watch = gen.Watch(optimizer, model, every=2, curvature=curvature, **loss)
+    for x, y in batches():
+        optimizer.zero_grad()
+        pieces = [*zip(x.chunk(parts), y.chunk(parts), strict=True)]
+        for piece in pieces:
+            (model(*piece)["loss"] / parts).backward()
+        given = [batch_of(model, *piece) for piece in pieces]
+        alone = {"closure": given[0]} if form == "closure" else {"x": given[0]}
+        with watch.step(**alone if parts == 1 else {"batches": given}):
+            optimizer.step()
+    return watch.history, model.state_dict()
+
+
+@pytest.mark.parametrize("curvature", ["exact", "forward"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("form", ["dict", "compute_loss"])
+def test_a_batch_that_is_a_dict_or_anything_is_seen_as_its_closure(form: str, parts: int, curvature: str) -> None:
+    seen, weights = watched_by(form, parts, curvature)
+    expected, its = watched_by("closure", parts, curvature)
+    assert seen == expected
+    assert len(seen) == STEPS // 2
+    assert_unchanged(its, weights)
+
+
 # ------------------------------------------------------------------------------------- how it is measured
 
 
@@ -448,11 +498,23 @@ def test_mistakes_are_told() -> None:
         gen.Watch(optimizer, model, F.mse_loss, every=0)
     with pytest.raises(ValueError, match="curvature must be one of"):
         gen.Watch(optimizer, model, F.mse_loss, curvature="newton")
+    with pytest.raises(ValueError, match="criterion and compute_loss both say what the loss is"):
+        gen.Watch(optimizer, model, F.mse_loss, compute_loss=of_pair)
+    with pytest.raises(TypeError, match=r"callable as criterion\(model\(x\), y\), got 3"):
+        gen.Watch(optimizer, model, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pass MSELoss as criterion="):
+        gen.Watch(optimizer, model, compute_loss=nn.MSELoss())
     watch = gen.Watch(optimizer, model)
     with pytest.raises(ValueError, match=r"watch\.step got no batch; type one of watch\.step\(x, y\)"):
         watch.step()
     with pytest.raises(ValueError, match="needs the criterion"):
         watch.step(x, y)
+    with pytest.raises(ValueError, match=r"type watch\.step\(x, y\)"):
+        watch.step(x)
+    with pytest.raises(TypeError, match="pass compute_loss=lambda model, batch"):
+        watch.step([x, y, x])
+    with pytest.raises(ValueError, match=r"leave it out, or type watch\.step\(x, y\)"):
+        gen.Watch(optimizer, model, F.mse_loss).step({"x": x, "labels": y})
     watch.step(closure=lambda: F.mse_loss(model(x), y))
     with pytest.raises(ValueError, match=r"had no block: type with watch\.step"):
         watch.step(closure=lambda: F.mse_loss(model(x), y))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 from zoo.measure import measure
 
 SAMPLE = {
@@ -22,6 +23,16 @@ def test_exact_curvature_of_a_model_equals_double_backward(family: str, name: st
     module = importlib.import_module(f"zoo.{family}")
     outcome = measure(lambda: module.build(name))
     assert outcome.verdict == "right", outcome
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.1, [2, 3]), (0.4, [2, 3]), (0.6, [2, 3, 0]), (0.95, [2, 3, 0, 1])])
+def test_of_boxes_that_overlap_the_best_stay(threshold: float, kept: list[int]) -> None:
+    """The first is half of the third, and the second nine tenths; the fourth is elsewhere."""
+    pytest.importorskip("torchvision")
+    boxes = torch.tensor([[0.0, 0, 10, 5], [0, 0, 9, 10], [0, 0, 10, 10], [20, 20, 30, 30]])
+    scores = torch.tensor([0.5, 0.4, 0.9, 0.8])
+    assert torch.ops.torchvision.nms(boxes, scores, threshold).tolist() == kept
+    assert torch.ops.torchvision.nms(boxes[:0], scores[:0], threshold).tolist() == []
 
 
 def test_the_yardstick_notices_a_wrong_curvature(monkeypatch: pytest.MonkeyPatch) -> None:

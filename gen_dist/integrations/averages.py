@@ -22,8 +22,8 @@ TRAINING_WEIGHTS = "training_weights"  # in the state of a scheduler
 class RateAndAverages(RateAtStep):
     """A `RateAtStep` for a trainer that evaluates the model while it trains it, and saves and hands over the result.
 
-    The result is the averaged weights, so the trainer evaluates and saves the model within `averaged()`, and calls
-    `end()` when training ends. The weights in training stand in `state_dict()`, and come back when a scheduler is
+    The result is the averaged weights, so the trainer evaluates and saves the model within `result_in_place()`, and
+    calls `end()` when training ends. The weights in training stand in `state_dict()`, and come back when a scheduler is
     attached: a resumed run goes on with them, bit for bit. A checkpoint so has the trained weights three times: the
     averages as the model, and in their own precision, and the weights in training. Statistics of batch norms stay those
     of the training.
@@ -43,7 +43,7 @@ class RateAndAverages(RateAtStep):
         return average if average is not None and average.count else None
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def result_in_place(self) -> Iterator[None]:
         """Put the averaged weights, if there are any, in the model for the block, which may stand in another such."""
         averages = self.averages
         if averages is None or self._aside is not None:
@@ -63,7 +63,7 @@ class RateAndAverages(RateAtStep):
         """
         averages = self.averages
         sharded = averages is not None and averages.layout.gradient_is_sharded(averages.parameters)
-        with self.averaged() if sharded else contextlib.nullcontext():
+        with self.result_in_place() if sharded else contextlib.nullcontext():
             yield
 
     def end(self, hand_over: bool = True) -> None:

@@ -118,7 +118,7 @@ class GenCallback(Callback):
         self._rate.end()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validation.enter_context(self._rate.averaged())
+        self._validation.enter_context(self._rate.result_in_place())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation.close()  # before a checkpoint is saved: callbacks that save are the last ones
@@ -129,7 +129,7 @@ class GenCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._rate.averages is not None:
-            with self._rate.averaged():
+            with self._rate.result_in_place():
                 averages = trainer.strategy.lightning_module_state_dict()
                 checkpoint["state_dict"] = {name: _copied(value) for name, value in averages.items()}
 

@@ -64,7 +64,7 @@ class GenMixin(Base):
         self._given = scheduler
         self._rate = TrainerScheduler()
         super().__init__(*args, **kwargs)
-        self.callback_handler.callbacks.insert(0, _AtTheEnd(self))  # before those that export the model
+        self.callback_handler.callbacks.insert(0, _AfterSteps(self))  # before those that export the model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -83,8 +83,6 @@ class GenMixin(Base):
         rate = self._rate
         if not rate.attached:  # the model comes wrapped only now
             rate.attach(self._make(as_gen_optimizer(unwrapped(self.optimizer)), model))
-        if len(rate.batches) == self.current_gradient_accumulation_steps:  # a step that the gradient scaler left out
-            rate.batches.clear()
         self._is_next_batch = True
         loss = super().training_step(model, inputs, num_items_in_batch)
         rate.batches.append(partial(self._loss, model, self._inputs, num_items_in_batch))
@@ -114,15 +112,15 @@ class GenMixin(Base):
     # ------------------------------------------------------------------------------------- the averaged weights
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             return super().predict(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with self._rate.averaged():
+        with self._rate.result_in_place():
             super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -130,13 +128,18 @@ class GenMixin(Base):
             super()._save_checkpoint(*args, **kwargs)
 
 
-class _AtTheEnd(TrainerCallback):
-    """Leaves the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
+class _AfterSteps(TrainerCallback):
+    """What is left to do after a step, and after the last one."""
 
     def __init__(self, trainer: GenMixin) -> None:
         self.trainer = trainer
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the batches of a step that the gradient scaler left out; their gradients go by `model.zero_grad()`."""
+        self.trainer._rate.batches.clear()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the averaged weights in the model, unless the trainer has loaded the best of those evaluated."""
         loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         self.trainer._rate.end(hand_over=not loaded)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from gen_dist.torch_private import Operator, new_wrapper, no_torch_function
+from gen_dist.torch_private import Operator, forbid_memory, new_wrapper, no_torch_function
 
 __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
@@ -113,6 +113,7 @@ class Jet(Tensor):
             dtype=value.dtype,
             device=value.device,
         )
+        forbid_memory(jet)
         jet.value = value
         jet._derivatives = (velocity, acceleration)
         jet._writes = 0
@@ -234,10 +235,7 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
 
 @contextlib.contextmanager
 def running_script() -> Iterator[list[UnsupportedOperation]]:
-    """Context manager in which the operator `detach` stops derivatives: no function mode sees TorchScript call it.
-
-    It gives the list of the errors raised inside, of which the interpreter makes others.
-    """
+    """Context manager with the list of the errors raised inside: the interpreter of TorchScript makes others of it."""
     raised: list[UnsupportedOperation] = []
     token = _in_script.set(raised)
     try:
@@ -248,7 +246,7 @@ def running_script() -> Iterator[list[UnsupportedOperation]]:
 
 def stops_derivatives(name: str) -> bool:
     """Whether the operator of this name stops derivatives now: an alias where `without_derivatives` asks for it."""
-    return (_stopping.get() and name == "alias") or (_in_script.get() is not None and name == "detach")
+    return _stopping.get() and name == "alias"
 
 
 def as_jet(value: Tensor, velocity: Tensor | None, acceleration: Tensor | None = None) -> Tensor:

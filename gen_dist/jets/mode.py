@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
 from gen_dist.jets.rules.recurrent import covered, recurrent
-from gen_dist.jets.stops import Stops, constant, leaves
+from gen_dist.jets.stops import Stops, StopsInScript, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
     is_wrapped_by_a_transform,
@@ -35,8 +36,19 @@ __all__ = ["JetMode", "NeedsGraph"]
 
 DETACH = frozenset({Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__})  # type: ignore[attr-defined]
 GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+MEMORY = Tensor.data_ptr
 SPECIAL = frozenset(
-    {*DETACH, GRAD, set_grad_enabled, torch.autograd.grad, *CONSTANTS, *ANSWERS, *REPLACEMENTS, *recurrent_kernels}
+    {
+        *DETACH,
+        GRAD,
+        MEMORY,
+        set_grad_enabled,
+        torch.autograd.grad,
+        *CONSTANTS,
+        *ANSWERS,
+        *REPLACEMENTS,
+        *recurrent_kernels,
+    }
 )
 
 
@@ -127,6 +139,8 @@ class JetMode(TorchFunctionMode):
                 return self._gradient(*args, **kwargs)
         if (special and function in DETACH and not self._stops.follow) or self._stops.at(args, kwargs):
             return function(*constant(args), **constant(kwargs))
+        if special and function is MEMORY:
+            return _memory(args[0])
         if (kind[-1:] == "_" and kind[:2] != "__") or kind == "__setitem__" or "out" in kwargs:
             args, kwargs = self._with_moving_targets(args, kwargs)
         if special or type(function) is FunctionType:
@@ -213,13 +227,18 @@ class JetMode(TorchFunctionMode):
         args, kwargs = self._replaced(args), self._replaced(kwargs)
         if self._stops.at(args, kwargs):
             return run(*constant(args), **constant(kwargs))
-        with running_script() as raised:
+        # where a custom function runs its forward code, gradients are disabled, and nothing stops
+        stops = StopsInScript() if torch.is_grad_enabled() else contextlib.nullcontext()
+        with running_script() as raised, stops:
             try:
                 return run(*args, **kwargs)
             except RuntimeError as error:  # the interpreter makes it of all errors
-                if not raised:
+                if raised:
+                    why = f"calls what jets refuse ({raised[0].reason})"
+                elif "Cannot access data pointer" in str(error):
+                    why = "is compiled for plain tensors, whose memory it asks for"
+                else:
                     raise
-                why = f"calls what jets refuse ({raised[0].reason})"
                 raise UnsupportedOperation("a function of TorchScript", why) from error
 
     # ------------------------------------------------------------------------------- gradients that the loss takes
@@ -244,6 +263,14 @@ def _is_plain_subclass(kind: Any) -> bool:
         getattr(kind.__torch_function__, "__func__", None) is plain.__torch_function__.__func__
         and kind.__torch_dispatch__ is plain.__torch_dispatch__
     )
+
+
+def _memory(tensor: Tensor) -> int:
+    if moves(tensor):
+        why = "hands its memory to a kernel that jets cannot follow"
+        raise UnsupportedOperation("data_ptr() of a tensor that depends on the parameters", why)
+    pointer: int = values(tensor).data_ptr()
+    return pointer
 
 
 def _refuse_backward() -> None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gen_dist.direction import Direction, GenOptimizer, GroupDirection, loss_sign
 from gen_dist.line import (
+    BatchLoss,
     Criterion,
     Estimator,
     Line,
@@ -25,6 +26,7 @@ from gen_dist.line import (
     NeedsForward,
     Slice,
     as_slice,
+    check_losses,
     estimator,
     measure,
 )
@@ -75,7 +77,9 @@ class Watch:
     Args:
         optimizer: the one whose steps are watched, or several that make one step together.
         model: the model that you train, as you call it: plain, in DDP, or after `fully_shard`.
-        criterion: `criterion(model(x), y)` is the loss; not needed if you give closures to `step`.
+        criterion: `criterion(model(x), y)` is the loss; not needed for closures, and for batches that are dicts, whose
+            loss the model returns: `model(**batch).loss`.
+        compute_loss: instead, `compute_loss(model, batch)` is the loss of any batch that `step` gets.
         every: look at the first of every so many steps. A step that moves nothing, as at rate 0 where a warm-up
             begins, is passed over for the next.
         curvature: `'exact'`, `'gauss-newton'`, `'forward'`, or `'auto'`: exact where the model's operators allow it,
@@ -96,10 +100,13 @@ class Watch:
         every: int = 50,
         curvature: str = "auto",
         process_group: ProcessGroup | None = None,
+        compute_loss: BatchLoss | None = None,
     ) -> None:
         self.optimizers = [*optimizer] if isinstance(optimizer, list | tuple) else [cast(Optimizer, optimizer)]
-        self.model, self.criterion, self.every, self.curvature = model, criterion, every, curvature
-        _check_arguments(self.optimizers, model, criterion, every)
+        self.model, self.every, self.curvature = model, every, curvature
+        self.criterion, self.compute_loss = criterion, compute_loss
+        _check_arguments(self.optimizers, model, every)
+        check_losses(criterion, compute_loss)
         self.layout = Layout(model)
         self.ranks = self.layout.ranks(process_group)
         self.steps = 0
@@ -127,9 +134,11 @@ class Watch:
         """Watch the step that the block makes: `with watch.step(x, y): optimizer.step()`.
 
         Args:
-            x, y: this rank's slice: `criterion(model(x), y)` is its loss. It may be other data than the step's own.
+            x, y: this rank's slice: `criterion(model(x), y)` is its loss. Or `step(batch)`: a pair, a dict, whose loss
+                is `model(**batch).loss`, or whatever `compute_loss(model, batch)` takes. It may be other data than the
+                step's own.
             closure: instead, a function that returns this rank's scalar loss, calling the model as it likes.
-            batches: instead, a list of `(x, y)` or closures, whose losses are averaged (gradient accumulation).
+            batches: instead, a list of batches or closures, whose losses are averaged (gradient accumulation).
             weight: this rank's share where slices are unequal.
 
         The loss is measured in the precision that the model has outside of autocast; for that of autocast, give a
@@ -143,11 +152,12 @@ class Watch:
         if not self._entered:
             raise ValueError("the last watch.step(...) had no block: type with watch.step(x, y): optimizer.step()")
         sign = loss_sign(self._groups())
-        data = as_slice(self.model, self.criterion, x, y, closure, batches, weight, call="watch.step(", sign=sign)
+        given, call = (x, y, closure, batches, weight), "watch.step("
+        data = as_slice(self.model, self.criterion, *given, call=call, sign=sign, compute_loss=self.compute_loss)
         if data.has_closures and not self.estimator.takes_closures:
             raise ValueError(
                 f"curvature={self.curvature!r} needs model and criterion apart: type watch.step(x, y), or use "
-                "curvature='exact' with closures"
+                "curvature='exact' with closures, dicts and compute_loss"
             )
         self._entered = False
         return self._around(data)
@@ -230,7 +240,7 @@ class Watch:
         return f"Watch(every={self.every}, curvature={self.curvature!r}, steps={self.steps}, last={self.last!r})"
 
 
-def _check_arguments(optimizers: list[Any], model: Any, criterion: Any, every: Any) -> None:
+def _check_arguments(optimizers: list[Any], model: Any, every: Any) -> None:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {optimizer!r:.80}")
@@ -238,7 +248,5 @@ def _check_arguments(optimizers: list[Any], model: Any, criterion: Any, every: A
             raise TypeError("the optimizer has complex parameters, along which no curvature is defined: keep them real")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if criterion is not None and not callable(criterion):
-        raise TypeError(f"criterion must be callable as criterion(model(x), y), got {criterion!r}")
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every must be a whole number of steps, 1 or more, got {every!r}")

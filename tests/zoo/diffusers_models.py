@@ -10,16 +10,12 @@ import inspect
 import re
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.models import modeling_utils
 from torch import nn
 
 from zoo.case import Case, NotBuilt, case
-from zoo.torchvision_operators import import_torchvision
-
-import_torchvision()
-
-import diffusers  # it imports torchvision
-from diffusers.models import modeling_utils
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH, TEXT, CHANNELS = HEADS * HEAD_DIM, 24, 4

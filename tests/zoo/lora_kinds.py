@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoo.case import Case, case
-from zoo.torchvision_operators import import_torchvision
-
-import_torchvision()
-
-import peft  # it imports torchvision
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ON_LINEAR: dict[str, Callable[..., Any]] = {
     "LoRA": lambda at: peft.LoraConfig(target_modules=at, r=2, lora_dropout=0.1),

@@ -5,15 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
 from zoo.case import Case, NotBuilt, case
-from zoo.torchvision_operators import import_torchvision
-
-import_torchvision()
-
-import timm  # it imports torchvision
 
 # The member of each module with the fewest weights, as counted once on the meta device. Of a module that is not
 # listed, which timm has got since, the first member is taken.

@@ -13,18 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-
-from zoo.case import Case, NotBuilt, case
-from zoo.torchvision_operators import import_torchvision
-
-import_torchvision()
-
-import transformers  # it imports torchvision
 from transformers import BertForMaskedLM, LlamaForCausalLM, LlavaForConditionalGeneration, ViTModel  # noqa: F401
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from zoo.case import Case, NotBuilt, case
 from zoo.transformers_inputs import inputs_of
 
 HEADS = (
