@@ -118,7 +118,7 @@ class AveragedWeights:
         """Take the present weights into the average, and move them along with it."""
         self.layout.reshard()
         weights = [local(p) for p in self.parameters]
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
+        rates = self._rates()
         new = weights[len(self.counts) :]
         self.average += [_precise(w.clone()) for w in new]
         self.counts += [0] * len(new)
@@ -227,13 +227,18 @@ class AveragedWeights:
                 )
         begun = next((index for index, count in enumerate(counts) if not count), len(counts))
         self.counts, self.average = counts[:begun], [a.clone() for a in averages[:begun]]
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
+        rates = self._rates()
         totals = state_dict.get("totals") or [self._total(c, r) for c, r in zip(self.counts, rates, strict=False)]
         self.totals = [float(total) for total in totals[:begun]]
 
     def begin_again(self) -> None:
         """Begin the average anew, from the present weights."""
         self.counts, self.totals, self.average = [], [], []
+
+    def _rates(self) -> list[float]:
+        """The rate of each parameter."""
+        groups = self.optimizer.param_groups
+        return [rate for group in groups for rate in [float(group["lr"])] * len(group["params"])]
 
     def _total(self, count: int, rate: float) -> float:
         """The sum `W` at a constant rate, for a state of 0.1.0."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from gen_dist.torch_private import foreach_copy_, parametrization_cache, set_grad_enabled, without_torch_function
 
 __all__ = [
+    "contents_aside",
     "contents_kept",
     "everything_restored",
     "gradients_aside",
@@ -106,6 +107,25 @@ def contents_kept(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
     with restoring(restore):
         yield copies
+
+
+@contextlib.contextmanager
+def contents_aside(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Let plain tensors have copies of their memory for the block, and their own again afterwards; yields the own ones.
+
+    Beside `contents_kept` it saves writing the contents back, and the copies are left to whoever takes them.
+    """
+    tensors = list(tensors)
+    own = [tensor.data for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, memory in zip(tensors, own, strict=True):
+            tensor.data = memory
+
+    with restoring(restore):
+        for tensor in tensors:
+            tensor.data = tensor.data.clone()
+        yield own
 
 
 @contextlib.contextmanager

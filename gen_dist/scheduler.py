@@ -61,7 +61,7 @@ class GenScheduler(LRScheduler):
             stands against it on any rank, from then on `'forward'` on all, said once in the log.
         probes: forward passes of `'forward'`, 1 or 2.
         update_every: measure at the first of every so many steps. In between the rate stays, and `step` only checks
-            whether the gradients are finite.
+            whether the gradients are finite, which the host waits for unless the optimizer is `fused`.
         rule: from measurements to rates; by default `Raw()`, the ratio, clamped.
         average: keep averaged weights for `averaged()`, and let the weights follow them at the end of each
             `optimizer.step()`; `Averaging(power, momentum)` says how.
@@ -147,7 +147,8 @@ class GenScheduler(LRScheduler):
         that was found: `optimizer.step()` makes an ordinary step at the old rate. Skip it to skip the batch; the
         optimizer's averages have seen the batch's gradient. Under FSDP, whose forward passes communicate, the rank
         with the error raises at once, while the others wait for it up to the process group's timeout: let the error
-        end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing.
+        end the process. Gradients that are not finite, on any rank, make the next `optimizer.step()` do nothing; with
+        averages and a fused optimizer, between updates, it is a step of size zero.
         """
         sign = loss_sign(self.optimizer.param_groups)
         given = (x, y, closure, batches, weight, loss)
@@ -159,7 +160,7 @@ class GenScheduler(LRScheduler):
             self.companions.before_averaging(parameters)
         self.layout.average_gradients(parameters, self.ranks, data.weight)
         self._calls.check_gradients(parameters, self.layout.backward_communicates)
-        finite = self.layout.gradients_are_finite(parameters, self.ranks)
+        finite = self._are_finite(parameters, due)
         direction = self._find_direction(due, finite)
         if due:
             self.state, self.last = self._update(Line(self.layout, direction, data), finite)
@@ -196,6 +197,13 @@ class GenScheduler(LRScheduler):
                 "this scheduler was made with the model inside a DDP wrapper, whose gradients come averaged: it uses "
                 "the wrapper from now on. Pass the wrapper: GenScheduler(optimizer, ddp_model, ...) (said once)"
             )
+
+    def _are_finite(self, parameters: list[Tensor], due: bool) -> bool:
+        """Whether the gradients are finite. Between updates the step of a fused optimizer asks, on the device."""
+        on_device = not due and self.optimizer.skips_by_tensor
+        flag = self.layout.gradients_not_finite(parameters, self.ranks) if on_device else None
+        self.optimizer.skip_step_where(flag)
+        return on_device or self.layout.gradients_are_finite(parameters, self.ranks)
 
     def _find_direction(self, due: bool, finite: bool) -> Direction:
         """Find the direction where this step measures; gradients that are not finite never reach the optimizer."""

@@ -33,7 +33,6 @@ foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
 
 set_grad_enabled = torch._C._set_grad_enabled
@@ -102,6 +101,11 @@ def moves_weights(module: nn.Module) -> bool:
 def patch_step(optimizer: Optimizer) -> None:
     """Give a class its hooks around `step`, as the constructor does; for an object whose class has just changed."""
     optimizer._patch_step_function()
+
+
+def supports_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a step does nothing where a tensor in `optimizer.found_inf` is 1: what `GradScaler` asks of it."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 # --- parallel: DTensor, FSDP2

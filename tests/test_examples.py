@@ -231,6 +231,7 @@ MIGRATED = re.findall(r"New:\n\n```python\n(.*?)```", (EXAMPLES / "MIGRATION.md"
 
 @pytest.mark.parametrize("code", MIGRATED, ids=["generalized-newtons-method", "gen-optim"])
 def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
+    torch.manual_seed(0)
     x, y = torch.randn(64, 5), torch.randint(3, (64,))
     model, criterion = perceptron(5, 8, 3), nn.CrossEntropyLoss()
     before = criterion(model(x), y).item()
@@ -238,7 +239,8 @@ def test_the_new_loops_of_the_migration_page_train(code: str) -> None:
     exec(code, names)
     assert criterion(model(x), y).item() < before
     last = names["scheduler"].last
-    assert last.accepted or last.reason == "curvature not positive"  # of a random batch
+    # along a step on a random batch
+    assert last.accepted or last.reason in ("curvature not positive", "curvature within rounding")
 
 
 SCRIPTS = (EXAMPLES / "scripts.md").read_text()

@@ -188,12 +188,12 @@ def test_a_fault_on_one_rank_spoils_nothing(
         assert seen[5][3] != seen[3][3]
 
 
-def train_between_updates(kind: str) -> list[tuple[bool, list[float]]]:
+def train_between_updates(kind: str, fused: bool) -> list[tuple[bool, list[float]]]:
     """Six steps with an update at the first alone and a NaN in the fourth gradient: all finite, and the weights."""
     last = dist.get_world_size() - 1 if dist.is_initialized() else 0
     rank = dist.get_rank() if dist.is_initialized() else 0
     model = network(kind)
-    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2)
+    optimizer = gen.make_gen_optimizer(torch.optim.AdamW, model.parameters(), lr=1e-2, fused=fused)
     scheduler = gen.GenScheduler(optimizer, model, nn.functional.cross_entropy, update_every=100)
     generator = torch.Generator().manual_seed(rank)
     seen = []
@@ -211,13 +211,49 @@ def train_between_updates(kind: str) -> list[tuple[bool, list[float]]]:
     return seen
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("kind", "ranks"), [("alone", 1), ("replica", 2), ("ddp", 2), ("fsdp2", 2)])
-def test_a_gradient_between_updates_spoils_nothing(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
-    for seen in pool(ranks).run(train_between_updates, kind):
+def test_a_gradient_between_updates_spoils_nothing(
+    pool: Callable[[int], Pool], kind: str, ranks: int, fused: bool
+) -> None:
+    for seen in pool(ranks).run(train_between_updates, kind, fused):
         assert all(finite for finite, _ in seen)
         weights = [weights for _, weights in seen]
         assert weights[3] == weights[2], "the step is skipped, on every rank"
         assert weights[4] != weights[3], "and the next one is as ever"
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_step_that_is_skipped_on_the_device_leaves_no_trace(
+    optimizer_class: type[torch.optim.Optimizer], scaled: bool
+) -> None:
+    """Beside a twin without gen_dist, which leaves the bad batch out."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(5, 3, generator=generator), torch.tensor([0, 1, 1, 0, 1])) for _ in range(5)]
+    batches[2] = (batches[2][0] * math.nan, batches[2][1])
+    model = network("alone")
+    twin = copy.deepcopy(model)
+    optimizer = gen.make_gen_optimizer(optimizer_class, model.parameters(), lr=1e-2, fused=True)
+    of_twin = optimizer_class(twin.parameters(), lr=1e-2, fused=True)
+    scheduler = gen.GenScheduler(optimizer, model, nn.functional.cross_entropy, 1e-2, 1e-2, update_every=100)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, enabled=scaled)
+    for number, (x, y) in enumerate(batches):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        scheduler.step(x, y)
+        scaler.step(optimizer)
+        scaler.update()
+        assert not hasattr(optimizer, "found_inf")
+        if number != 2:
+            of_twin.zero_grad()
+            nn.functional.cross_entropy(twin(x), y).backward()
+            of_twin.step()
+    for weight, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-6, atol=1e-7)  # the first step is theta - lr d
+        for name, value in of_twin.state[other].items():
+            torch.testing.assert_close(optimizer.state[weight][name], value)
 
 
 # ----------------------------------------------------------------------------------------------------- no hang

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import quality
+import quality_cost
 import torch
 from quality_data import with_long_context
 from quality_methods import METHODS, takes_part
@@ -190,6 +192,15 @@ def test_each_task_is_trained_and_measured(task: str, tmp_path: Path, monkeypatc
     assert (reading["accuracy"] is None) == (
         TASKS[task].data in ("fashion-mnist-pixels", "diabetes", "friedman", "teacher")
     )
+
+
+def test_the_cost_is_that_of_all_methods_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_cost, "load", stand_in)
+    said = quality_cost.cost("mlp", ["autogen", "adamw-linear-0.001"], steps=6, seed=0, directory=tmp_path)
+    found = re.fullmatch(r"mlp, 6 steps of ([\d.]+) ms: autogen ([\d.]+)", said)
+    assert found is not None
+    assert float(found[1]) > 0
+    assert float(found[2]) > 1, "of six steps, two measure"
 
 
 def test_the_models_of_the_ladder_have_the_parameters_of_their_names() -> None:

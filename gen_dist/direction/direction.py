@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from gen_dist.direction.rates import rate_ratios, set_rate
 from gen_dist.parallel import local
-from gen_dist.restore import contents_kept, restoring
-from gen_dist.torch_private import foreach_add_, foreach_div_, foreach_mul, foreach_sub, foreach_sub_
+from gen_dist.restore import contents_aside, restoring
+from gen_dist.torch_private import foreach_add_, foreach_div_, foreach_mul, foreach_sub_
 
 __all__ = ["Direction", "GroupDirection", "base_step", "find_direction", "move_along", "on_a_copy_of_the_state"]
 
@@ -55,7 +55,10 @@ def base_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) ->
 
 @torch.no_grad()
 def find_direction(optimizer: Optimizer) -> Direction:
-    """Step once at a trial rate and return the direction; parameters come back bit for bit, the state advances."""
+    """Step once at a trial rate and return the direction; parameters come back bit for bit, the state advances.
+
+    The step moves copies of the parameters, and the direction is formed in them.
+    """
     ratios, groups = rate_ratios(optimizer), optimizer.param_groups
     moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
     shards = [[local(p) for p in parameters] for parameters in moving]
@@ -67,17 +70,24 @@ def find_direction(optimizer: Optimizer) -> Direction:
             set_rate(group, rate)
 
     direction = Direction()
-    with restoring(restore_rates), contents_kept([shard for group in shards for shard in group]) as kept:
+    with restoring(restore_rates), contents_aside([shard for group in shards for shard in group]) as own:
+        copies = [shard.data for group in shards for shard in group]
         for group in groups:
             set_rate(group, _trial_rate(group))
         base_step(optimizer)
-        before = iter(kept)
+        before, places = iter(own), iter(copies)
         for index, (ratio, parameters, after) in enumerate(zip(ratios, moving, shards, strict=True)):
             if parameters:
-                updates = foreach_sub([next(before) for _ in after], after)
-                foreach_div_(updates, _trial_rate(groups[index]))
-                direction.append(GroupDirection(index, ratio, parameters, list(updates)))
+                updates = [_at(next(places), shard) for shard in after]
+                foreach_sub_(updates, [next(before) for _ in after])
+                foreach_div_(updates, -_trial_rate(groups[index]))
+                direction.append(GroupDirection(index, ratio, parameters, updates))
     return direction
+
+
+def _at(copy: Tensor, shard: Tensor) -> Tensor:
+    """Where the step has taken a shard: in the copy that it was given, or in memory that the optimizer may keep."""
+    return copy if shard.data_ptr() == copy.data_ptr() else shard.data.clone()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from gen_dist.direction.direction import (
 from gen_dist.direction.linearity import check_linearity, refuse_by_name
 from gen_dist.direction.rates import rate_ratios
 from gen_dist.parallel import local, placed_like
-from gen_dist.torch_private import patch_step, version_of
+from gen_dist.torch_private import patch_step, supports_found_inf, version_of
 
 __all__ = ["GenOptimizer", "as_gen_optimizer", "direction_without_trace", "make_gen_optimizer"]
 
@@ -45,6 +45,7 @@ class GenOptimizer(Optimizer):
     _used: Versions = ()  # gradients that a step has used
     _noted: Versions = ()  # gradients when it was last asked whether they grew
     before_zero_grad: Callable[[], None] | None = None  # called with the gradients still there
+    _not_finite: Tensor | None = None  # 1 where the next step must do nothing, on the device
     _checked = False  # whether its groups have been tried, so that one that comes later is tried, too
 
     def compute_param_updates(self) -> None:
@@ -76,7 +77,7 @@ class GenOptimizer(Optimizer):
         were measured.
         """
         if self._direction is None:
-            result = base_step(self, closure)
+            result = self._base_step(closure)
             self._note_step()
             return result
         if closure is not None and _makes_gradients(closure, self):
@@ -88,6 +89,19 @@ class GenOptimizer(Optimizer):
         self._direction = None
         self._note_step()
         return None
+
+    def _base_step(self, closure: Callable[[], Any] | None) -> Any:
+        if self._not_finite is None:
+            return base_step(self, closure)
+        given = self.__dict__.get("found_inf")  # by a GradScaler
+        self.found_inf = self._not_finite if given is None else torch.maximum(self._not_finite, given)
+        try:
+            return base_step(self, closure)
+        finally:
+            del self.found_inf
+            if given is not None:
+                self.found_inf = given
+            self._not_finite = None
 
     def _note_step(self) -> None:
         self.steps += 1
@@ -128,6 +142,22 @@ class GenOptimizer(Optimizer):
     def skip_step(self) -> None:
         """Make the next `step()` do nothing: neither parameters nor state change."""
         self._direction = Direction()
+
+    @property
+    def skips_by_tensor(self) -> bool:
+        """Whether `skip_step_where` works: in fused kernels.
+
+        They leave a momentum buffer of SGD that would begin in a skipped step unset, so SGD with momentum has no share.
+        """
+        fused = supports_found_inf(self) and all(group.get("fused") for group in self.param_groups)
+        return fused and not any(group.get("momentum") for group in self.param_groups)
+
+    def skip_step_where(self, flag: Tensor | None) -> None:
+        """Make the next `step()` do nothing where the flag is 1, a scalar of float32, without a wait of the host.
+
+        It is about a step without a held direction. None takes the word back.
+        """
+        self._not_finite = flag
 
     def reset(self) -> None:
         """Drop the held direction."""

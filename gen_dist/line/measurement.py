@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from gen_dist.line.estimators import Estimator, NeedsForward
 from gen_dist.line.line import Line
 from gen_dist.parabola import Parabola
 from gen_dist.parallel import Layout, Ranks, dense, local
+from gen_dist.torch_private import foreach_norm
 
 __all__ = [
     "JointWalk",
@@ -190,17 +192,24 @@ def inner_products(layout: Layout, direction: Direction, ranks: int, norms: bool
 
     A parameter that several ranks hold is divided by their number, so that a sum over ranks counts it once.
     """
-    parts = [torch.zeros(3, dtype=torch.float64)]
+    alike: dict[tuple[float, int, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for _, ratio, parameters, updates in direction:
         for parameter, update in zip(parameters, updates, strict=True):
-            w, d = local(parameter.detach()).flatten(), update.flatten()
-            if parameter.grad is None:  # of a direction held from before
-                product = torch.full((), math.nan, dtype=d.dtype, device=d.device)
-            else:
-                product = _dot(dense(local(parameter.grad)).flatten(), d) * ratio
-            none = torch.zeros_like(product)
-            sizes = [_dot(w, w), _dot(d, d) * ratio**2] if norms else [none, none]
-            parts.append(torch.stack([product, *sizes]).double() / layout.replicas(parameter, ranks))
+            key = ratio, layout.replicas(parameter, ranks), update.dtype, update.device
+            alike[key].append((parameter, update))
+    parts = [torch.zeros(3, dtype=torch.float64)]
+    for (ratio, replicas, dtype, _), pairs in alike.items():
+        products = [_dot(p.grad, update) for p, update in pairs]
+        g_dot_d = torch.stack(products).double().sum() * ratio
+        sizes = [torch.zeros_like(g_dot_d)] * 2
+        if norms:
+            wide = torch.promote_types(dtype, torch.float32)
+            sides = [local(p.detach()) for p, _ in pairs], [update for _, update in pairs]
+            of_weights, of_updates = (
+                torch.stack(foreach_norm(side, dtype=wide)).double().square().sum() for side in sides
+            )
+            sizes = [of_weights, of_updates * ratio**2]
+        parts.append(torch.stack([g_dot_d, *sizes]) / replicas)
     return torch.stack([part.to(parts[-1].device) for part in parts]).sum(0)
 
 
@@ -209,9 +218,12 @@ def _standard_error(square: float, mean: float, count: float) -> float:
     return math.sqrt(max(square - mean * mean, 0.0) / (count - 1)) if count > 1.001 else math.nan
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    return torch.dot(a.float(), b.float()) if half else torch.dot(a, b)
+def _dot(gradient: Tensor | None, update: Tensor) -> Tensor:
+    """Their product; NaN without a gradient, of a direction held from before."""
+    if gradient is None:
+        return torch.full((), math.nan, device=update.device)
+    g, d = dense(local(gradient)).flatten(), update.flatten()
+    return torch.dot(g.float(), d.float()) if g.dtype in (torch.float16, torch.bfloat16) else torch.dot(g, d)
 
 
 # ------------------------------------------------------------------------------------------ one outcome for all

@@ -22,7 +22,7 @@ class DTensors(Kind):
     averages_gradients = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._present = any(isinstance(p, DTensor) for p in model.parameters())
         self._known: dict[tuple[Ranks, DeviceMesh, tuple[bool, ...]], tuple[int, ...]] = {}
 
     def holds(self, tensor: Tensor) -> bool:
@@ -30,7 +30,7 @@ class DTensors(Kind):
 
     @property
     def forward_communicates(self) -> bool:
-        return any(isinstance(p, DTensor) for p in self.model.parameters())
+        return self._present
 
     def gradient_is_sharded(self, parameters: Sequence[Tensor]) -> bool:
         return any(isinstance(p, DTensor) for p in parameters)

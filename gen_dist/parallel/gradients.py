@@ -12,7 +12,7 @@ from gen_dist.parallel.placement import local
 from gen_dist.parallel.ranks import Ranks
 from gen_dist.torch_private import foreach_copy_, foreach_mul_, foreach_norm
 
-__all__ = ["average_gradients", "dense", "gradients_are_finite"]
+__all__ = ["average_gradients", "dense", "gradients_are_finite", "gradients_not_finite"]
 
 BUCKET_ELEMENTS = 6_553_600  # 25 MiB of float32, the size that DDP found to be good
 
@@ -31,19 +31,38 @@ def average_gradients(parameters: Sequence[Tensor], ranks: Ranks, weight: float 
 
 def gradients_are_finite(parameters: Sequence[Tensor], ranks: Ranks, sharded: bool) -> bool:
     """Whether the gradients hold no NaN or infinity. Where they are `sharded`, on any rank, and then collective."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    if not gradients and not sharded:
+    if not sharded and all(p.grad is None for p in parameters):
         return True
+    if not _anywhere(~_sum_of_norms(parameters).isfinite(), ranks, sharded).item():
+        return True
+    exact = [v.isfinite().all() for v in _gradients(parameters)]  # a norm of finite numbers can overflow
+    return not _anywhere(~torch.stack(exact).all() if exact else torch.tensor(False), ranks, sharded).item()
 
-    def finite_everywhere(values: list[Tensor]) -> bool:
-        bad = ~torch.stack([v.isfinite().all() for v in values]).all() if values else torch.tensor(False)
-        return not (ranks.any(bad) if sharded else bad).item()
 
-    # Norms of finite numbers are finite but for overflow, and by far the cheapest look at all of them.
+def gradients_not_finite(parameters: Sequence[Tensor], ranks: Ranks, sharded: bool) -> Tensor:
+    """1 where the gradients hold a NaN or infinity, or their norms overflow float32, else 0.
+
+    A scalar of float32, for which the host does not wait. Collective where the gradients are `sharded`.
+    """
+    return _anywhere(~_sum_of_norms(parameters).isfinite(), ranks, sharded).to(torch.float32)
+
+
+def _anywhere(flag: Tensor, ranks: Ranks, sharded: bool) -> Tensor:
+    return ranks.any(flag) if sharded else flag
+
+
+def _sum_of_norms(parameters: Sequence[Tensor]) -> Tensor:
+    """By far the cheapest number that is finite only where all gradients are."""
+    gradients = _gradients(parameters)
+    if not gradients:
+        return torch.zeros(())
     dtype = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    norms = list(foreach_norm(gradients, dtype=dtype)) if gradients else []
-    return finite_everywhere([torch.stack(norms)] if norms else []) or finite_everywhere(gradients)
+    return torch.stack(foreach_norm(gradients, dtype=dtype)).sum()
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in gradients]
 
 
 def dense(gradient: Tensor) -> Tensor:

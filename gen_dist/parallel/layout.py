@@ -71,7 +71,8 @@ class Layout:
         `weight` is this rank's share in the mean. A parameter that has a gradient on some ranks only counts as zero on
         the others, and has one on all afterwards.
         """
-        gradients.average_gradients(self.needs_averaging(parameters), ranks, weight)
+        if ranks.size > 1:
+            gradients.average_gradients(self.needs_averaging(parameters), ranks, weight)
 
     def average_local_gradients(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
         """Average the gradients of all replicated parameters, after a backward pass without wrappers. Collective."""
@@ -81,6 +82,13 @@ class Layout:
     def gradients_are_finite(self, parameters: Sequence[Tensor], ranks: Ranks) -> bool:
         """Whether the gradients hold no NaN or infinity, in any shard. Collective where they are sharded."""
         return gradients.gradients_are_finite(parameters, ranks, self.gradient_is_sharded(parameters))
+
+    def gradients_not_finite(self, parameters: Sequence[Tensor], ranks: Ranks) -> Tensor:
+        """1 where the gradients hold a NaN or infinity, or their norms overflow float32, else 0.
+
+        A scalar of float32, for which the host does not wait. Collective where the gradients are sharded.
+        """
+        return gradients.gradients_not_finite(parameters, ranks, self.gradient_is_sharded(parameters))
 
     def gradient_is_sharded(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ranks hold different parts of the gradient, so that none of them sees all of it."""

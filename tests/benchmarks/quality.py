@@ -4,6 +4,7 @@
     python tests/benchmarks/quality.py summary [--tasks design]
     python tests/benchmarks/quality.py methods [--tasks sentences]
     python tests/benchmarks/quality.py ranks --tasks mlp --ranks 2 4 --data-dir data
+    python tests/benchmarks/quality.py cost --tasks cnn vit gpt --steps 600 --methods autogen --data-dir data
 
 A run is one task, method, seed and length, and appends one JSON line to `--results`. Runs whose line is there already
 are not repeated, so you can stop a benchmark and continue it later. `--part 1/2` and `--part 2/2` share the runs
@@ -15,7 +16,8 @@ Half of the tasks are for design, and half are held out (quality_tasks.py). `--t
 results are reported on other seeds. On one core, a seed of all tasks takes the oracle (`adamw-linear-*`) about an hour,
 and any other method a quarter of one; half of that is the ladder above 3M.
 
-`ranks` compares AutoGen's curves on several ranks with those of one process.
+`ranks` compares AutoGen's curves on several ranks with those of one process. `cost` trains with all methods in turns,
+step by step, and prints their processor time over AdamW's.
 
 quality_tasks.py has the tasks and quality_methods.py the methods. Other methods, and the weights of the task
 `sentences`, need pip install "gen_dist[benchmarks]". Methods that are not installed and tasks without data are left
@@ -38,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from quality_cost import cost
 from quality_methods import METHODS, Training, takes_part
 from quality_plots import draw, draw_ladder
 from quality_ranks import compare
@@ -146,7 +149,9 @@ def part(text: str) -> tuple[int, int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "summary", "methods", "ranks"], help="methods lists their names")
+    parser.add_argument(
+        "command", choices=["run", "summary", "methods", "ranks", "cost"], help="methods lists their names"
+    )
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *GROUPS], default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="names, or patterns with *")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
@@ -171,6 +176,10 @@ def main() -> None:
     elif options.command == "ranks":
         for task, length in lengths.items():
             print(compare(task, options.ranks, round(TASKS[task].steps * length), options.seeds[0], options.data_dir))
+    elif options.command == "cost":
+        for task, length in lengths.items():
+            steps, methods = round(TASKS[task].steps * length), methods_of(task, options.methods)
+            print(cost(task, methods, steps, options.seeds[0], options.data_dir), flush=True)
     elif options.command == "run":
         number, of = options.part
         runs = list(chosen(lengths, options.methods, options.seeds))[number - 1 :: of]

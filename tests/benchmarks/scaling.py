@@ -64,10 +64,17 @@ def predicted(machine: Machine, job: Job) -> dict[str, float]:
 
     forward = products + attention / 2  # causal: half of the scores
     plain = together(forward, gather) + together(2 * forward, 2 * gather) + 28 * shard
-    probe = together(forward, gather) + 88 * shard + 2 * small
-    gauss_newton = together(3 * products + 4 * attention, 2 * gather) + 60 * shard + 2 * small
-    exact = together(5 * products + 6 * attention, 2 * gather) + 60 * shard + 2 * small
-    return {"plain": plain, "one probe": probe, "two probes": 2 * probe, "gauss-newton": gauss_newton, "exact": exact}
+    probe = together(forward, gather) + 80 * shard + 2 * small
+    gauss_newton = together(3 * products + 4 * attention, 2 * gather) + 52 * shard + 2 * small
+    exact = together(5 * products + 6 * attention, 2 * gather) + 52 * shard + 2 * small
+    two_probes = probe + together(forward, gather) + 12 * shard
+    return {
+        "plain": plain,
+        "one probe": probe,
+        "two probes": two_probes,
+        "gauss-newton": gauss_newton,
+        "exact": exact,
+    }
 
 
 H100 = Machine(flops=4e14, memory=2.7e12, link=4e10, latency=5e-6, overlaps=True)

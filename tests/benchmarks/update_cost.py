@@ -42,6 +42,7 @@ from models import CNN, GPT, MLP
 from torch.profiler import ProfilerActivity, profile
 
 import gen_dist as gen
+from gen_dist import scheduler
 from gen_dist.direction import direction
 from gen_dist.line import MicroBatch, measurement
 from gen_dist.parallel import Layout
@@ -216,8 +217,8 @@ PARTS = {
     "  gradients finite?": (Layout, "gradients_are_finite"),
     "  direction": (gen.GenOptimizer, "compute_param_updates"),
     "    the optimizer's own step": (direction, "base_step"),
-    "  inner products": (measurement, "inner_products"),
-    "  line": (measurement, "_estimate"),
+    "  measurement": (scheduler, "measure"),
+    "    inner products": (measurement, "inner_products"),
     "    running the model": (MicroBatch, "output"),
     "a forward pass without grad": None,
 }
