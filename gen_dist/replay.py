@@ -63,7 +63,7 @@ class Passes:
         self.devices = {p.device.type for p in model.parameters()}
         self.remembered: list[Pass] = []
         self.sees = True
-        model.register_forward_hook(self._note, with_kwargs=True)
+        nn.Module.register_forward_hook(model, self._note, with_kwargs=True)  # TorchScript's own method refuses
 
     def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.sees and torch.is_grad_enabled():

@@ -487,3 +487,12 @@ def parametrization_cache() -> dict[Any, Any]:
 def is_scripted(module: nn.Module) -> bool:
     """Whether TorchScript runs the module. It reads the weights where no function mode sees them."""
     return isinstance(module, torch.jit.ScriptModule)
+
+
+def scripted_attributes(module: nn.Module) -> list[tuple[Any, Callable[[Any], None]]]:
+    """What TorchScript keeps of this module alone, weights and buffers too, each with what puts another in its place.
+
+    Of lists and dicts these are copies.
+    """
+    script, kind = cast(Any, module)._c, cast(Any, module)._concrete_type
+    return [(script.getattr(name), functools.partial(script.setattr, name)) for name in kind.get_attributes()]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from effects import assert_unchanged
 from hidden_loops import Recorded, Reports, Training, plain
-from problems import criterion, data, new_model
+from problems import criterion, data, new_model, perceptron
 from rank_pool import Pool
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -252,6 +252,29 @@ def test_a_loss_that_is_scaled_in_place() -> None:
             loss.backward()
         training.optimizer.step()
     assert training.scheduler.seen == plain(accumulate=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize(("make", "tolerance"), [(gen.ExactGen, 1e-8), (gen.ApproxGen, 1e-4)])
+def test_a_model_of_torchscript(make: Any, tolerance: float) -> None:
+    """As timm's `train.py` makes with `--torchscript`."""
+    twin, told = perceptron(4, 5, 3).double(), []
+    model = torch.jit.script(copy.deepcopy(twin))
+    x, y = torch.randn(5, 8, 4).double(), torch.randn(5, 8, 3).double()
+    for each in (model, twin):
+        optimizer = gen.make_gen_optimizer(torch.optim.AdamW, each.parameters())
+        scheduler = make(optimizer, each, F.mse_loss, lr_max=0.1)
+        collected = gen.RateAtStep(scheduler).collect_from(F.mse_loss) if each is not twin else F.mse_loss
+        for inputs, targets in zip(x, y, strict=True):
+            optimizer.zero_grad()
+            collected(each(inputs), targets).backward()
+            if each is twin:
+                scheduler.step(inputs, targets)
+            optimizer.step()
+            assert scheduler.last is not None
+            told.append((scheduler.last.numerator, scheduler.last.denominator, scheduler.last.lr))
+    for mine, its in zip(told[:5], told[5:], strict=True):
+        assert mine == pytest.approx(its, rel=tolerance)
 
 
 def test_a_loss_that_is_never_trained_on_does_not_count() -> None:

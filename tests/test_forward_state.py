@@ -6,7 +6,7 @@ import functools
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -222,6 +222,40 @@ def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 3))
 
 
+class Counting(nn.Module):
+    """What TorchScript can keep: a buffer that is replaced, a frozen weight that is written, and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.frozen = normalised(), nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(3))
+        self.calls, self.sizes, self.named = 0, [0], {"first": torch.zeros(3)}
+        self.last = torch.jit.Attribute(None, Optional[Tensor])  # noqa: UP045 - what TorchScript knows
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x) + 0.01 * self.frozen(self.mean) + 0.01 * self.named["first"]
+        last = self.last
+        if last is not None:
+            y = y + 0.01 * last * self.sizes[-1]
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        self.named["first"] = y.detach()[0]
+        self.named["first"].mul_(0.5)
+        self.calls += 1
+        self.sizes.append(self.calls % 3)
+        self.last = y.detach()
+        with torch.no_grad():
+            self.frozen.weight.mul_(0.99)
+        return y * (1 + self.calls % 2)
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(Counting())
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(normalised(), torch.randn(6, 4), check_trace=False)
+
+
 class Centred(nn.Module):
     """A criterion with a state of its own, as that of DINO."""
 
@@ -251,6 +285,9 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "lazy": materialised,
     "spectral norm": spectral,
     "batch norm": normalised,
+    "scripted": scripted,
+    "scripted inside": lambda: nn.Sequential(scripted(), nn.Linear(3, 3)),
+    "traced": traced,
     "clips": functools.partial(Clipped, False),
     "clips by assignment": functools.partial(Clipped, True),
 }
@@ -275,6 +312,9 @@ def state_of(value: Any, seen: dict[int, int]) -> Any:
         if id(value) in seen:
             return None
         seen[id(value)] = 1
+        if isinstance(value, torch.jit.ScriptModule):
+            kept: Any = {name: getattr(value, name) for name in value._concrete_type.get_attributes()}
+            return state_of([kept, *value.children()], seen)
         return {name: state_of(v, seen) for name, v in value.__dict__.items() if "hook" not in name}
     if isinstance(value, (list, tuple, deque)):
         return [state_of(v, seen) for v in value]
@@ -353,6 +393,7 @@ def trained(
 ESTIMATORS = [("exact", 2), ("gauss-newton", 2), ("forward", 2), ("forward", 1)]
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Converting a tensor to a Python")
 @pytest.mark.parametrize("name", ZOO)
 def test_a_measuring_pass_changes_nothing(name: str) -> None:
     twin = trained(ZOO[name], None)
@@ -379,6 +420,7 @@ def on_ranks(names: list[str], kind: str) -> list[bool]:
     ("kind", "names"),
     [
         ("ddp", ["teacher data in place", "teacher assigned", "queue", "recurrent", "noise of numpy", "memory"]),
+        ("ddp", ["scripted", "traced"]),
         ("fsdp2", ["queue", "recurrent", "noise of numpy", "memory", "batch norm"]),
     ],
 )

@@ -5,6 +5,7 @@ A row is a function from a model, its input and its target to a loss. The oracle
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from effects import assert_unchanged
 from test_jet_program import derivatives_along, trained
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -807,6 +809,70 @@ def test_nothing_stops_in_a_function_of_torchscript_that_a_custom_function_calls
     assert_right(model, lambda: through(Scripted.apply)(model, x, y), d, lambda: through(same)(model, x, y))
 
 
+class Normalised(nn.Module):
+    """With buffers that it writes, a weight that stands still, one used twice, a branch, and a target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5)
+        self.last = nn.Linear(5, 3)
+        self.second.bias.requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.first(x)))
+        with torch.no_grad():
+            target = self.second(h)
+        if h.sum() > -1e9:
+            h = torch.relu(self.second(h + 2)) + target
+        self.mean.mul_(0.9).add_(h.mean(0).detach(), alpha=0.1)
+        return self.last(h * self.mean) + (self.first.weight * self.first.weight).sum()
+
+
+MODULES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], nn.Module]]] = {
+    "scripted": (torch.jit.script, perceptron),
+    "traced": (lambda m: torch.jit.trace(m, torch.randn(6, 4)), perceptron),
+    "scripted, with buffers": (torch.jit.script, Normalised),
+    "traced, with buffers": (lambda m: torch.jit.trace(m, torch.randn(6, 4), check_trace=False), Normalised),
+    "scripted inside": (lambda m: nn.Sequential(torch.jit.script(m), nn.Tanh()), Normalised),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:.*Converting a tensor to a Python")
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_torchscript_are_followed(name: str, trained_before: bool) -> None:
+    """Also once they are optimized for a backward pass. The oracle is the module without TorchScript.
+
+    But a trace knows no `no_grad`: of one, the oracle is the trace itself.
+    """
+    scripted, make = MODULES[name]
+    plain, x, y, d = problem(make)
+    model = scripted(copy.deepcopy(plain))
+    if name == "scripted inside":
+        plain = nn.Sequential(plain, nn.Tanh())
+    elif name == "traced, with buffers":
+        plain = model
+    if trained_before:
+        for each in (model, plain):
+            for _ in range(3):
+                mse(each(x), y).backward()
+    weights, before = [*model.parameters()], copy.deepcopy(model.state_dict())
+    seen = derivatives_along(d, model, lambda: mse(model(x), y))
+    assert_unchanged(before, model.state_dict())
+    assert all(now is then for now, then in zip(model.parameters(), weights, strict=True))
+    assert seen == pytest.approx(reference.derivatives(lambda: mse(plain(x), y), trained(plain), d), rel=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_an_error_in_a_module_of_torchscript_leaves_its_weights_in_place() -> None:
+    model, x, y, d = problem(lambda: torch.jit.script(perceptron()))
+    weights = [*model.parameters()]
+    with pytest.raises(RuntimeError, match="TorchScript interpreter"):
+        derivatives_along(d, model, lambda: mse(model(x[:, :2]), y))
+    assert all(now is then for now, then in zip(model.parameters(), weights, strict=True))
+
+
 @pytest.fixture
 def fusing() -> Iterator[None]:
     """TorchScript compiles what it has seen twice, as it does on GPUs."""
@@ -931,13 +997,6 @@ def test_a_custom_function_whose_result_is_stopped_is_no_matter(function: str) -
 def test_rows_scaled_by_their_frequency_are_refused(bag: bool) -> None:
     model, x, y, d = problem(lambda: Table(bag=bag, scale_grad_by_freq=True))
     assert_refused("scale_grad_by_freq", model, lambda: mse(model(x), y), d)
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(6, 4))])
-def test_scripted_modules_are_refused(make: Callable[[nn.Module], nn.Module]) -> None:
-    model, x, y, d = problem(lambda: nn.Sequential(make(perceptron())))
-    assert_refused("torch.jit", model, lambda: mse(model(x), y), d)
 
 
 # ----------------------------------------------------------------------------------- forward, parametrisations

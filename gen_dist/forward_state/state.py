@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,9 +21,11 @@ from gen_dist.torch_private import (
     foreach_copy_,
     global_forward_pre_hooks,
     is_compiled,
+    is_scripted,
     local_part,
     moves_weights,
     own_attributes_of_modules,
+    scripted_attributes,
     wraps_only,
 )
 
@@ -97,6 +100,9 @@ class _State:
                 continue
             attributes = module.__dict__
             self.structures.append(keep_dict(attributes))
+            if is_scripted(module):
+                self._note_script(module)
+                continue
             parameters = attributes["_parameters"]
             if parameters and module not in managed:
                 # FSDP2 puts whole weights in place of its shards while a unit runs
@@ -118,6 +124,14 @@ class _State:
                         self.note(value, 0)
             if id(type(module)) not in self.seen:
                 self._note_class(type(module))
+
+    def _note_script(self, module: nn.Module) -> None:
+        for value, put in scripted_attributes(module):
+            self.structures.append(partial(put, value))
+            if isinstance(value, nn.Parameter) and id(value) not in self.seen:
+                self._note_tensor(value, still=id(value) not in self.moving)
+            else:
+                self.note(value, 0)
 
     def note(self, value: Any, depth: int) -> None:
         """Save a value of an attribute, and what is in it."""

@@ -20,6 +20,10 @@ from gen_dist.torch_private import (
 __all__ = ["Writes", "by_memory", "can_be_restored"]
 
 
+# TorchScript calls them of constants when it compiles. A dispatch mode gets some as numbers, which they do not take.
+OF_CONSTANTS = {torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.default}
+
+
 class Writes(TorchDispatchMode):
     """Copies watched memory before an operator writes into it."""
 
@@ -33,6 +37,8 @@ class Writes(TorchDispatchMode):
         for tensor in written_arguments(operator, args, kwargs or {}):
             for memory in self.watched.pop(_address(tensor), ()):
                 self.contents.append((memory, memory.clone()))
+        if operator in OF_CONSTANTS:
+            args = [_as_tensor(x) for x in args]
         return operator(*args, **(kwargs or {}))
 
     def __exit__(self, *exception: Any) -> None:
@@ -45,6 +51,10 @@ class Writes(TorchDispatchMode):
                 if isinstance(flags, deque) and not flags:
                     flags.append(False)
             super().__exit__(None, None, None)
+
+
+def _as_tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
 
 
 def by_memory(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:

@@ -19,11 +19,14 @@ from gen_dist.torch_private import Operator, forbid_memory, new_wrapper, no_torc
 
 __all__ = ["Jet", "UnsupportedOperation", "as_jet", "derivatives", "velocity_only"]
 
+DETACH = torch.ops.aten.detach.default
+
 Derivatives: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 _velocity_only: ContextVar[bool] = ContextVar("velocity_only", default=False)
 _stopping: ContextVar[bool] = ContextVar("stopping", default=False)
 _in_script: ContextVar[list[UnsupportedOperation] | None] = ContextVar("in_script", default=None)
+_script_stops: ContextVar[bool] = ContextVar("script_stops", default=False)
 _casts: ContextVar[set[torch.dtype] | None] = ContextVar("casts", default=None)
 
 
@@ -196,7 +199,15 @@ class Jet(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, operator: Operator, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return cls.rule_for(operator)(*args, **(kwargs or {}))
+        if not _script_stops.get():
+            return cls.rule_for(operator)(*args, **(kwargs or {}))
+        if operator is DETACH or not torch.is_grad_enabled():
+            return operator(*values(args), **values(kwargs or {}))
+        token = _script_stops.set(False)  # what the operator rule calls is not the script's
+        try:
+            return cls.rule_for(operator)(*args, **(kwargs or {}))
+        finally:
+            _script_stops.reset(token)
 
 
 class _Unknown:
@@ -234,14 +245,18 @@ def without_derivatives(x: Tensor, wrapped: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def running_script() -> Iterator[list[UnsupportedOperation]]:
-    """Context manager with the list of the errors raised inside: the interpreter of TorchScript makes others of it."""
+def running_script(stops: bool) -> Iterator[list[UnsupportedOperation]]:
+    """Context manager for TorchScript, with the list of the errors raised inside: its interpreter makes others of them.
+
+    With `stops`, derivatives stop where it detaches or disables gradients, which no function mode sees.
+    """
     raised: list[UnsupportedOperation] = []
-    token = _in_script.set(raised)
+    token, token_of_stops = _in_script.set(raised), _script_stops.set(stops)
     try:
         yield raised
     finally:
         _in_script.reset(token)
+        _script_stops.reset(token_of_stops)
 
 
 def stops_derivatives(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -18,7 +17,7 @@ from gen_dist.jets.general import jets_in
 from gen_dist.jets.jet import Jet, UnsupportedOperation, moves, running_script, values
 from gen_dist.jets.questions import ANSWERS, CONSTANTS, REPLACEMENTS
 from gen_dist.jets.rules.recurrent import covered, recurrent
-from gen_dist.jets.stops import Stops, StopsInScript, constant, leaves
+from gen_dist.jets.stops import Stops, constant, leaves
 from gen_dist.torch_private import (
     active_function_modes,
     is_wrapped_by_a_transform,
@@ -228,8 +227,7 @@ class JetMode(TorchFunctionMode):
         if self._stops.at(args, kwargs):
             return run(*constant(args), **constant(kwargs))
         # where a custom function runs its forward code, gradients are disabled, and nothing stops
-        stops = StopsInScript() if torch.is_grad_enabled() else contextlib.nullcontext()
-        with running_script() as raised, stops:
+        with running_script(stops=torch.is_grad_enabled()) as raised:
             try:
                 return run(*args, **kwargs)
             except RuntimeError as error:  # the interpreter makes it of all errors

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from gen_dist.jets.functions import follow, is_known
-from gen_dist.jets.jet import Jet, UnsupportedOperation, values, without_derivatives
+from gen_dist.jets.jet import Jet, UnsupportedOperation, without_derivatives
 from gen_dist.torch_private import (
-    TorchDispatchMode,
     backward_hook_function,
     is_called_by_checkpoint,
     set_grad_enabled,
@@ -19,9 +18,7 @@ from gen_dist.torch_private import (
     transforms_are_active,
 )
 
-__all__ = ["Stops", "StopsInScript", "constant", "leaves"]
-
-DETACH = torch.ops.aten.detach.default
+__all__ = ["Stops", "constant", "leaves"]
 
 
 class Stops:
@@ -111,15 +108,6 @@ class Stops:
             if custom:
                 self._followed.pop()
         return constant(result) if stops else result
-
-
-class StopsInScript(TorchDispatchMode):
-    """Context manager for TorchScript, which no function mode sees detach a tensor or disable gradients."""
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator is DETACH or not torch.is_grad_enabled():
-            return operator(*values(args), **values(kwargs or {}))
-        return operator(*args, **(kwargs or {}))
 
 
 def constant(arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from gen_dist.line.estimate import Estimate
 from gen_dist.line.line import Line
 from gen_dist.parallel import local
 from gen_dist.restore import restoring
-from gen_dist.torch_private import is_scripted, tree_map_only
+from gen_dist.torch_private import is_scripted, scripted_attributes, tree_map_only
 
 __all__ = ["exact", "gauss_newton"]
 
@@ -109,7 +109,6 @@ def _unit_for_half(line: Line) -> float:
 @contextlib.contextmanager
 def _carrying_jets(line: Line, unit: float, tracks: bool) -> Iterator[None]:
     layout = line.layout
-    _refuse_scripted(layout.model)
     velocities = {
         p: d if group.ratio * unit == 1 else group.ratio * unit * d
         for group in line.direction
@@ -126,17 +125,28 @@ def _carrying_jets(line: Line, unit: float, tracks: bool) -> Iterator[None]:
         table.update((id(b), Jet(b)) for b in layout.model.buffers() if b.is_floating_point())
         mode = JetMode(table, tracks)
         try:
-            with restoring(mode.leave), mode:
+            with _in_scripts(line, table), restoring(mode.leave), mode:
                 yield
         finally:
             layout.reshard()
 
 
-def _refuse_scripted(model: nn.Module) -> None:
-    for module in model.modules():
-        if is_scripted(module):
-            why = "is run by TorchScript, where its weights cannot be replaced"
-            raise UnsupportedOperation("a module made by torch.jit.script or torch.jit.trace", why)
+@contextlib.contextmanager
+def _in_scripts(line: Line, table: dict[int, Tensor]) -> Iterator[None]:
+    """Put what stands for weights into the modules of TorchScript, which reads them where no function mode sees it."""
+    scripted = [module for module in line.layout.model.modules() if is_scripted(module)]
+    if scripted and line.layout.forward_communicates:  # weights may be gathered only while their module runs
+        raise UnsupportedOperation("a module of TorchScript", "may hold weights that are sharded")
+    kept = [each for module in scripted for each in scripted_attributes(module) if id(each[0]) in table]
+
+    def restore() -> None:
+        for tensor, put in kept:
+            put(tensor)
+
+    with restoring(restore):
+        for tensor, put in kept:
+            put(table[id(tensor)])
+        yield
 
 
 @contextlib.contextmanager

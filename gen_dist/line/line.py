@@ -202,7 +202,7 @@ def noting_precision(layout: Layout) -> Iterator[list[float]]:
 
     with restoring(remove):
         for module in modules:
-            module.register_forward_pre_hook(note)
+            nn.Module.register_forward_pre_hook(module, note)  # which a module of TorchScript itself refuses
         yield roundings
 
 
