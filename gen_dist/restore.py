@@ -111,9 +111,9 @@ def contents_kept(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def contents_aside(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Let plain tensors have copies of their memory for the block, and their own again afterwards; yields the own ones.
+    """Give plain tensors copies of their memory for the block, and their own back afterwards; yields their own.
 
-    Beside `contents_kept` it saves writing the contents back, and the copies are left to whoever takes them.
+    Unlike `contents_kept`, it writes nothing back, and the caller may keep the copies.
     """
     tensors = list(tensors)
     own = [tensor.data for tensor in tensors]

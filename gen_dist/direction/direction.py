@@ -71,22 +71,25 @@ def find_direction(optimizer: Optimizer) -> Direction:
 
     direction = Direction()
     with restoring(restore_rates), contents_aside([shard for group in shards for shard in group]) as own:
-        copies = [shard.data for group in shards for shard in group]
+        copies = iter([shard.data for group in shards for shard in group])
         for group in groups:
             set_rate(group, _trial_rate(group))
         base_step(optimizer)
-        before, places = iter(own), iter(copies)
+        before = iter(own)
         for index, (ratio, parameters, after) in enumerate(zip(ratios, moving, shards, strict=True)):
             if parameters:
-                updates = [_at(next(places), shard) for shard in after]
+                updates = [_moved(next(copies), shard) for shard in after]
                 foreach_sub_(updates, [next(before) for _ in after])
                 foreach_div_(updates, -_trial_rate(groups[index]))
                 direction.append(GroupDirection(index, ratio, parameters, updates))
     return direction
 
 
-def _at(copy: Tensor, shard: Tensor) -> Tensor:
-    """Where the step has taken a shard: in the copy that it was given, or in memory that the optimizer may keep."""
+def _moved(copy: Tensor, shard: Tensor) -> Tensor:
+    """The shard after the step, to be overwritten: the copy that it was given, or, if replaced, a copy of the new one.
+
+    The optimizer may keep the memory that it has put there.
+    """
     return copy if shard.data_ptr() == copy.data_ptr() else shard.data.clone()
 
 

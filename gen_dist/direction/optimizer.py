@@ -145,17 +145,17 @@ class GenOptimizer(Optimizer):
 
     @property
     def skips_by_tensor(self) -> bool:
-        """Whether `skip_step_where` works: in fused kernels.
+        """Whether `skip_step_where` works, as it does in fused kernels.
 
-        They leave a momentum buffer of SGD that would begin in a skipped step unset, so SGD with momentum has no share.
+        SGD with momentum is left out: where a momentum buffer begins in a skipped step, the kernel never sets it.
         """
         fused = supports_found_inf(self) and all(group.get("fused") for group in self.param_groups)
         return fused and not any(group.get("momentum") for group in self.param_groups)
 
     def skip_step_where(self, flag: Tensor | None) -> None:
-        """Make the next `step()` do nothing where the flag is 1, a scalar of float32, without a wait of the host.
+        """Make the next `step()` do nothing if the flag, a scalar of float32, is 1; the host does not wait for it.
 
-        It is about a step without a held direction. None takes the word back.
+        It concerns a step without a held direction. With None, the next step is an ordinary one.
         """
         self._not_finite = flag
 
