@@ -126,7 +126,7 @@ def row(case: Case, method: Method, found: Cost | str) -> list[str]:
         *start,
         f"{found.milliseconds:.1f}",
         f"{found.ratio:.2f}",
-        f"{found.peak / 2**20:.1f}",
+        f"{found.peak / 2**20:.2f}",
         str(counts.launches),
         str(counts.waits),
         counts.attention,
