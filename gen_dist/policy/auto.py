@@ -24,6 +24,12 @@ from gen_dist.policy.state import State
 __all__ = ["Auto", "AutoMemory"]
 
 REMEMBERED = 3  # updates, of which the median counts: one strange batch decides nothing
+FAR_BELOW = 0.01  # of the limits: up to here the rate grows as fast as it may
+NEAR = 0.1  # of the limits: from here on it grows slowly, and below it a settled rate may grow again
+CREEPING_SHARE = 2.0  # times `share`: the limit of `p` while the rate creeps
+LEAST_FALL = 0.5  # of the loss: at least by so much it is taken to fall still
+GROWING = 8  # the age over this is the number of steps between updates while the rate grows
+SETTLED = 2  # and once it has settled
 UNSETTLED_STRIDE = 6  # steps between updates at most, while the rate grows fast
 LONGEST_STRIDE = 128
 UNSEEN = 3  # steps of quick growth, as much as the rate may grow between two updates
@@ -140,7 +146,7 @@ class Auto:
         if of_limits > 1 and not memory.settled:
             rate = max(rate / of_limits, rate / state.memory.growth**steps)  # growth since the last update was a guess
             memory = memory._replace(settled=True, budget=rate * loss)
-        free = of_minimum < self.edge and of_loss < 2 * self.share and rate * loss <= memory.budget
+        free = of_minimum < self.edge and of_loss < CREEPING_SHARE * self.share and rate * loss <= memory.budget
         falls_on = loss > DONE * memory.first_loss
         memory = memory._replace(growth=self._growth(memory, of_limits, free, falls_on))
         unseen = max(steps, self._stride(memory), 1)
@@ -153,11 +159,11 @@ class Auto:
     def _growth(self, memory: AutoMemory, of_limits: float, free: bool, falls_on: bool) -> float:
         """What the rate is multiplied by at each step, up to the next update."""
         if not memory.settled:
-            slowed = math.log10(max(of_limits, 0.01)) + 2  # 0 at a hundredth of the limits, 1 at a tenth
+            slowed = math.log(max(of_limits, FAR_BELOW) / FAR_BELOW) / math.log(NEAR / FAR_BELOW)
             return self.quick + min(slowed, 1.0) * (self.slow - self.quick)
         if len(memory.curvatures) < REMEMBERED:  # as after a rate that was halved
             return 1.0
-        if of_limits < 0.1 and falls_on:
+        if of_limits < NEAR and falls_on:
             return min(self.slow, 1 + 3 / memory.age)
         return 1 + self.creep / memory.age if free else 1.0
 
@@ -176,11 +182,11 @@ class Auto:
     def _stride(self, memory: AutoMemory) -> int:
         """The number of steps to the next update; the user's `update_every` may be larger."""
         if not memory.settled:
-            return min(memory.age // 8, UNSETTLED_STRIDE)
+            return min(memory.age // GROWING, UNSETTLED_STRIDE)
         if len(memory.curvatures) < REMEMBERED:
             return 1
         grows_again = memory.growth > 1 + self.creep / memory.age
-        return min(memory.age // (8 if grows_again else 2), LONGEST_STRIDE)
+        return min(memory.age // (GROWING if grows_again else SETTLED), LONGEST_STRIDE)
 
     def factor(self, step: int) -> float:
         return 1.0 if self.total_steps is None or step < self.total_steps else 0.0
@@ -205,7 +211,7 @@ class Auto:
         curvature = denominator / numerator if numerator > 0 else math.inf
         if reason == CURVATURE_IN_ROUNDING:
             curvature = 0.0
-        fall = min(loss, max(memory.first_loss - loss, loss / 2))
+        fall = min(loss, max(memory.first_loss - loss, LEAST_FALL * loss))
         slope = numerator / fall if fall > 0 else 0.0
         return memory._replace(
             curvatures=(*memory.curvatures, curvature)[-REMEMBERED:],

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/quality.py run --data-dir data [--tasks cnn gpt] [--methods 'adamw-*' autogen] [--seeds 1 2]
     python tests/benchmarks/quality.py summary [--tasks design]
+    python tests/benchmarks/quality.py ablations --tasks design --seeds 0 10
     python tests/benchmarks/quality.py methods [--tasks sentences]
     python tests/benchmarks/quality.py ranks --tasks mlp --ranks 2 4 --data-dir data
     python tests/benchmarks/quality.py cost --tasks cnn vit gpt --steps 600 --methods autogen --data-dir data
@@ -16,6 +17,7 @@ Half of the tasks are for design, and half are held out (quality_tasks.py). `--t
 results are reported on other seeds. On one core, a seed of all tasks takes the oracle (`adamw-linear-*`) about an hour,
 and any other method a quarter of one; half of that is the ladder above 3M.
 
+`ablations` compares the runs of AutoGen with one constant of its rule changed (quality_ablations.py) with its own.
 `ranks` compares AutoGen's curves on several ranks with those of one process. `cost` trains with all methods in turns,
 step by step, and prints their processor time over AdamW's.
 
@@ -44,7 +46,7 @@ from quality_cost import cost
 from quality_methods import METHODS, Training, takes_part
 from quality_plots import draw, draw_ladder
 from quality_ranks import compare
-from quality_report import table
+from quality_report import ablations, table
 from quality_tasks import DESIGN_TASKS, HELD_OUT_TASKS, LADDER, TASKS, Dataset, MissingDataError, load, measured
 
 RATES_KEPT = 100  # of a run
@@ -150,7 +152,7 @@ def part(text: str) -> tuple[int, int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "command", choices=["run", "summary", "methods", "ranks", "cost"], help="methods lists their names"
+        "command", choices=["run", "summary", "ablations", "methods", "ranks", "cost"], help="methods lists their names"
     )
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *GROUPS], default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="names, or patterns with *")
@@ -187,6 +189,9 @@ def main() -> None:
     else:
         records = [r for r in recorded(options.results) if lengths.get(r["task"]) == r["length"]]
         records = [r for r in records if r["seed"] in options.seeds and shown(r["method"], options.methods)]
+        if options.command == "ablations":
+            print(ablations(records, options.seeds))
+            return
         print(table(records, options.seeds))
         print(draw(records, options.seeds, plot_path(options)))
         print(draw_ladder(records, options.seeds, plot_path(options, "-ladder")))

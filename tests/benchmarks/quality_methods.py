@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from quality_ablations import ABLATED, WITH, WithoutBudget, WithoutReturn
 from quality_rivals import ScheduleFreePlus
 from quality_tasks import SGD_RATES, TASKS, Task
 from quality_training import (
@@ -145,18 +146,21 @@ def textbook(task: Task, model: nn.Module, steps: int) -> Training:
 def autogen(
     horizon: bool = False,
     make: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+    kind: type[gen.Auto] = gen.Auto,
     **options: Any,
 ) -> Start:
-    """AutoGen with other values of the rule, or other options of its own.
+    """AutoGen with other values of the rule and of its constants (in capitals), or other options of its own.
 
-    With `horizon` it knows the number of steps, and `make` makes another optimizer than the task's.
+    With `horizon` it knows the number of steps, `make` makes another optimizer than the task's, and `kind` is another
+    rule.
     """
     values = {name: options.pop(name) for name in list(options) if name in RULE}
+    constants = {name: options.pop(name) for name in list(options) if name.isupper()}
 
     def start(task: Task, model: nn.Module, steps: int) -> Training:
         optimizer = gen.as_gen_optimizer((make or task.optimizer)(model, UNTUNED))
-        rule = gen.Auto(**values, total_steps=steps if horizon else None)
-        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, rule=rule, **options))
+        rule = kind(**values, total_steps=steps if horizon else None)
+        return Scheduled(task, gen.AutoGen(optimizer, model, task.loss, rule=rule, **options), constants)
 
     return start
 
@@ -192,18 +196,13 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-both-momenta": autogen(average=gen.Averaging(momentum=0.9, power=1, rate_power=2)),
     "autogen-one-probe": autogen(curvature="forward", probes=1),
     "autogen-two-probes": autogen(curvature="forward", probes=2),
-    "autogen-growth-1.25": autogen(quick=1.25),
-    "autogen-growth-2": autogen(quick=2.0),
-    "autogen-slow-growth": autogen(quick=1.07),
-    "autogen-edge-0.4": autogen(edge=0.4),
-    "autogen-edge-1.5": autogen(edge=1.5),
-    "autogen-share-0.1": autogen(share=0.1),
-    "autogen-share-0.4": autogen(share=0.4),
-    "autogen-no-edge": autogen(edge=1e9, far=math.inf),
-    "autogen-no-share": autogen(share=math.inf),
-    "autogen-no-creep": autogen(creep=0.0),
-    "autogen-creep-2": autogen(creep=2.0),
-    "autogen-start-5e-4": autogen(start=5e-4),
+    **{
+        f"ablation-{name.lower().replace('_', '-')}-{value:g}": autogen(**{name: value, **WITH.get((name, value), {})})
+        for name, values in ABLATED.items()
+        for value in values
+    },
+    "ablation-without-budget": autogen(kind=WithoutBudget),
+    "ablation-without-return": autogen(kind=WithoutReturn),
 }
 METHODS = GRID | UNTUNED_METHODS
 

@@ -13,13 +13,13 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from quality_methods import AVERAGED, DECAYS, GRID, LAST, UNTUNED_METHODS, UNTUNED_RATES
+from quality_methods import AVERAGED, DECAYS, GRID, LAST, METHODS, UNTUNED_METHODS, UNTUNED_RATES
 from quality_tasks import DESIGN_TASKS, HELD_OUT_TASKS, TASKS
 
 Record = dict[str, Any]
 Row = tuple[str, list[str], str]  # title, methods of which the best counts, the reading
 
-AVERAGING = ("autogen", "dog", "ldog")  # methods whose averaged weights are their result
+AVERAGING = ("autogen", "ablation", "dog", "ldog")  # methods whose averaged weights are their result
 
 
 def group(pattern: str) -> list[str]:
@@ -194,6 +194,21 @@ def cell(loss: float, method: str, gap: float | None) -> str:
     if not method:
         return ""
     return number(loss) if gap is None else f"{number(loss)} ({number(gap, 2)})"
+
+
+def ablations(records: list[Record], seeds: list[int]) -> str:
+    """The losses with a constant of the rule changed, over those of the rule: geometric mean and extremes."""
+    results = Results(records, seeds)
+    lines = heading(["change", "mean", "best", "worst"])
+    for method in METHODS:
+        if not method.startswith("ablation-"):
+            continue
+        pairs = {task: [results.means.get((task, m, AVERAGED)) for m in (method, "autogen")] for task in results.tasks}
+        ratios = {task: changed / plain for task, (changed, plain) in pairs.items() if changed and plain}
+        if ratios:
+            ends = (f"{number(ratios[t], 2)} ({t})" for t in (min(ratios, key=ratios.get), max(ratios, key=ratios.get)))
+            lines.append(line([method.removeprefix("ablation-"), number(geometric_mean(ratios.values())), *ends]))
+    return "\n".join(lines)
 
 
 def tested(records: list[Record], seeds: list[int], results: Results, row: Row) -> list[str]:

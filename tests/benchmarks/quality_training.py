@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from unittest.mock import patch
 
 import torch
 from quality_rivals import ScheduleFreePlus
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import gen_dist as gen
 from gen_dist.averaging import AveragedWeights
 from gen_dist.parallel import Layout
+from gen_dist.policy import auto
 
 LAST, AVERAGED = "last", "averaged"
 
@@ -161,14 +163,16 @@ class GenOptim(Training):
 
 
 class Scheduled(Training):
-    """By a scheduler of this package."""
+    """By a scheduler of this package; with other values of the constants of `gen_dist.policy.auto`."""
 
-    def __init__(self, task: Task, scheduler: gen.GenScheduler) -> None:
+    def __init__(self, task: Task, scheduler: gen.GenScheduler, constants: Mapping[str, float] | None = None) -> None:
         super().__init__(task, scheduler.model, scheduler.optimizer)
         self.scheduler = scheduler
+        self.constants = constants or {}
 
     def before_step(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
-        self.scheduler.step(x, y, loss=loss)
+        with patch.dict(vars(auto), self.constants):
+            self.scheduler.step(x, y, loss=loss)
 
     def readings(self) -> dict[str, State]:
         readings = super().readings()
