@@ -3,10 +3,11 @@
 All methods take turns in one run, round by round, so that a machine that slows down slows all of them; each round gives
 one ratio, and the median is reported with its quartiles. With one thread the time is that of the processor, which other
 programs on the machine disturb less than the clock on the wall. Memory once freed is kept for the next iteration, or
-the page faults of the C library's allocator, a matter of luck, would come on top. Peak memory is what an iteration
-needs beyond what was held before it.
+the page faults of the C library's allocator, a matter of luck, would come on top. Passes are what an iteration takes
+beyond a plain one, in forward passes of the same model without gradients. Peak memory is what an iteration needs beyond
+what was held before it.
 
-    python tests/benchmarks/update_cost.py [--models mlp cnn cnn-bn gpt] [--rounds 15] [--methods exact plain ...]
+    python tests/benchmarks/update_cost.py [--models mlp cnn gpt-25m] [--rounds 15] [--methods exact ...]
     python tests/benchmarks/update_cost.py --profile     # where the time of an update goes, by part and by operator
 
 A round of "watch, every 50" must be so long: give it --repeats 50.
@@ -59,6 +60,10 @@ def problem(name: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], T
         return conv_net(), F.cross_entropy, torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,))
     if name == "cnn-bn":
         return CNN(1, 10, width=32), F.cross_entropy, torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,))
+    if name == "gpt-25m":
+        tokens = torch.randint(0, 96, (8, 129))
+        model = GPT(96, context=128, depth=8, width=512, heads=8)
+        return model, token_cross_entropy, tokens[:, :-1], tokens[:, 1:]
     tokens = torch.randint(0, 96, (16, 65))
     return GPT(96, context=64, depth=4, width=128), token_cross_entropy, tokens[:, :-1], tokens[:, 1:]
 
@@ -111,6 +116,16 @@ def training(
     return iteration
 
 
+def forward_pass(name: str) -> Iteration:
+    model, criterion, x, y = problem(name)
+
+    @torch.no_grad()
+    def iteration() -> None:
+        criterion(model(x), y)
+
+    return iteration
+
+
 def watched(name: str, every: int) -> Iteration:
     """An iteration of AdamW whose steps `Watch` looks at."""
     model, criterion, x, y = problem(name)
@@ -136,8 +151,10 @@ ESTIMATORS: dict[str, Options] = {
     "gauss-newton": {"curvature": "gauss-newton"},
     "exact": {"curvature": "exact"},
 }
+FORWARD = "a forward pass"
 METHODS: dict[str, Callable[[str], Iteration]] = {
     "plain": lambda name: training(*problem(name)),
+    FORWARD: forward_pass,
     "one probe": lambda name: scheduled(name, "one probe"),
     "one probe, every 8": lambda name: scheduled(name, "one probe", 8),
     "two probes": lambda name: scheduled(name, "two probes"),
@@ -148,7 +165,7 @@ METHODS: dict[str, Callable[[str], Iteration]] = {
     "watch, every 50": lambda name: watched(name, 50),
     **{peer: lambda name, peer=peer: peers.iteration(peer, *problem(name)) for peer in peers.PEERS},  # type: ignore[misc]
 }
-MODELS = ["mlp", "cnn", "cnn-bn", "gpt"]
+MODELS = ["mlp", "cnn", "cnn-bn", "gpt", "gpt-25m"]
 GOALS: dict[tuple[str, str], float] = {
     ("one probe, every 8", "cnn"): 1.06,
     ("one probe, every 8", "gpt"): 1.04,
@@ -191,6 +208,7 @@ def measure(name: str, methods: list[str], rounds: int, repeats: int) -> None:
     for iteration in iterations.values():
         seconds(iteration, 2)  # warm up
     ratios: dict[str, list[float]] = {method: [] for method in iterations}
+    passes: dict[str, list[float]] = {method: [] for method in iterations}
     base = []
     for _ in range(rounds):
         order = list(iterations)
@@ -199,14 +217,16 @@ def measure(name: str, methods: list[str], rounds: int, repeats: int) -> None:
         base.append(took["plain"])
         for method, value in took.items():
             ratios[method].append(value / took["plain"])
+            passes[method].append((value - took["plain"]) / took[FORWARD])
     size = sum(p.numel() for p in problem(name)[0].parameters())
     print(f"{name}: {size:,} parameters, plain AdamW iteration {1e3 * statistics.median(base):.1f} ms")
-    print(f"{'':>4}  {'method':<18} {'ratio':>6}  {'quartiles':<12} {'goal':>5}  peak memory")
+    print(f"{'':>4}  {'method':<18} {'ratio':>6}  {'quartiles':<12} {'goal':>5}  passes  peak memory")
     for method, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
         memory = peak_memory(iterations[method]) / 2**20
         goal = GOALS.get((method, name), "")
-        print(f"{'':>4}  {method:<18} {middle:6.2f}  {low:.2f} to {high:.2f} {goal:>5}  {memory:7.1f} MiB")
+        extra = "" if method in ("plain", FORWARD) else f"{statistics.median(passes[method]):.2f}"
+        print(f"{'':>4}  {method:<18} {middle:6.2f}  {low:.2f} to {high:.2f} {goal:>5}  {extra:>6}  {memory:7.1f} MiB")
 
 
 # ------------------------------------------------------------------------------------------- where the time goes
@@ -298,7 +318,7 @@ def operator_times(iteration: Iteration, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:-1])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=8, help="iterations of each method a round")
@@ -311,7 +331,7 @@ def main() -> None:
     keep_freed_memory()
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.rounds} rounds, load {load}")
-    methods = ["plain", *(method for method in arguments.methods if method != "plain")]
+    methods = ["plain", FORWARD, *(method for method in arguments.methods if method not in ("plain", FORWARD))]
     for name in arguments.models:
         if arguments.profile:
             print_profile(name, ["one probe", "exact"], arguments.rounds)
