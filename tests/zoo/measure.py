@@ -18,7 +18,7 @@ import gen_dist as gen
 from gen_dist.direction import Direction, GroupDirection
 from gen_dist.line import Line, MicroBatch, Slice, exact
 from gen_dist.parallel import Layout
-from zoo.case import Case, InFloat64, NotBuilt
+from zoo.case import Case, InFloat64, NotBuilt, TwiceDifferentiable
 
 # Both sides round in float64, unit 1e-16. A network loses six to seven digits of it at most where it is sound: norms
 # over few values, and sums in which terms cancel. A term that is missing costs the first or second digit, and seldom
@@ -149,7 +149,8 @@ def agree(seen: Sequence[float], expected: Sequence[float], tolerance: float = T
 def _oracle(case: Case, parameters: list[Tensor], d: list[Tensor]) -> tuple[tuple[float, ...], str, float]:
     """`(L, g.d, d'Hd)`, where they come from, and how exact they are."""
     try:
-        expected = reference.derivatives(case.loss, parameters, d)
+        with TwiceDifferentiable():
+            expected = reference.derivatives(case.loss, parameters, d)
         if all(map(math.isfinite, expected)):
             return expected, "double backward", TOLERANCE
     except (RuntimeError, NotImplementedError):

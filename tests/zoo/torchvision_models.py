@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ from torchvision import models, ops
 from zoo.case import Case, case
 
 ops.boxes._assert_has_ops = lambda: None  # `nms` is there, if only in Python: `torchvision_for_cpus`
+ROI_ALIGN = importlib.import_module("torchvision.ops.roi_align")
+ROI_ALIGN._roi_align = inspect.unwrap(ROI_ALIGN._roi_align)  # not compiled, it can be differentiated twice
 
 CLASSES = 4
 IMAGES = {
@@ -89,7 +93,7 @@ def _detection(name: str) -> Case:
     masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
     masks[0, 6:44, 4:40] = masks[1, 10:50, 20:60] = 1
     corners = torch.stack([boxes[:, :2] + 2, boxes[:, 2:] - 2], 1)
-    keypoints = torch.cat([corners.repeat(1, 9, 1)[:, :17], torch.ones(2, 17, 1)], 2)
+    keypoints = torch.cat([corners.repeat(1, 9, 1)[:, :17], torch.ones(2, 17, 1)], 2).type("torch.FloatTensor")
     target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": keypoints}
     if name.startswith("keypoint"):
         target["labels"] = torch.tensor([1, 1])
