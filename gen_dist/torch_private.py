@@ -478,6 +478,9 @@ backward_hook_function = torch.nn.modules._functions.BackwardHookFunction
 pad_packed_sequence = torch._VF._pad_packed_sequence
 """What `torch.nn.utils.rnn.pad_packed_sequence` calls."""
 
+pad_sequence = torch._C._nn.pad_sequence
+"""What `torch.nn.utils.rnn.pad_sequence` calls."""
+
 
 def parametrization_cache() -> dict[Any, Any]:
     """The weights that `torch.nn.utils.parametrize.cached()` keeps, computed from the parameters as they were."""

@@ -153,6 +153,7 @@ def reductions() -> dict[str, Row]:
         "norm inf": (lambda x: x.norm(math.inf, 1) * x[:, 0], MATRIX),
         "normalize": (lambda x, y: F.normalize(x) * y, PAIR),
         "cosine_similarity": (F.cosine_similarity, PAIR),
+        "prod of a scalar": (lambda x: torch.prod(x.sum(), 0) * x, MATRIX),
         "prod with a zero": (lambda x: (x * torch.tensor([1, 0, 1, 1, 1.0]).double()).prod(1) + x[:, 0], MATRIX),
         "std_mean": (lambda x: torch.std_mean(x, 1)[0], MATRIX),
         "logsumexp of all": (lambda x: x.logsumexp((0, 1)) * x, MATRIX),
@@ -493,6 +494,9 @@ WRITTEN_OUT: dict[str, tuple[Callable[..., Any], Callable[..., Any], Shapes]] = 
         lambda w, f: F.embedding_bag(BAGS, w, mode="sum", per_sample_weights=f),
         lambda w, f: (w[BAGS] * f[..., None]).sum(1),
         (*MATRIX, (2, 2)),
+    ),
+    "multilabel_margin of a scalar": (
+        lambda x: F.multilabel_margin_loss(x.sum(), torch.tensor(0)) + x, lambda x: x, MATRIX
     ),
     "multilabel_margin": (
         lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 1, 3, -1, 2]] * 4), reduction="none"), hinges, MATRIX

@@ -307,6 +307,20 @@ def test_packed_sequences(kind: type[nn.RNNBase], ordered: bool, batch_first: bo
     assert_right(model, loss, d)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sequences_are_padded(side: str, batch_first: bool) -> None:
+    model, x, _, d = problem()
+
+    def loss() -> Tensor:
+        parts = list(model(x).split([len(x) - 2, 2]))
+        padded = nn.utils.rnn.pad_sequence(parts, batch_first, 0.7, side)
+        assert padded.shape[0 if batch_first else 1] == 2
+        return padded.pow(2).mean() + padded.sum().tanh()
+
+    assert_right(model, loss, d)
+
+
 class Plain(torch.Tensor):
     pass
 

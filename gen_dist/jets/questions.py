@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gen_dist.jets.jet import UnsupportedOperation, moves
-from gen_dist.torch_private import pad_packed_sequence, transforms_are_active
+from gen_dist.torch_private import pad_packed_sequence, pad_sequence, transforms_are_active
 
 __all__ = ["ANSWERS", "CONSTANTS", "REPLACEMENTS"]
 
@@ -111,5 +111,16 @@ def _pad_packed(data: Any, sizes: Tensor, batch_first: bool, padding: float, len
     return padded.transpose(0, 1) if batch_first else padded, present.sum(0).cpu()
 
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {pad_packed_sequence: _pad_packed}
+def _pad(sequences: Sequence[Tensor], batch_first: bool = False, padding: float = 0.0, side: str = "right") -> Any:
+    """As the C++ function, without a write in place."""
+    longest = max(map(len, sequences))
+    ends = [(0, longest - len(x)) if side == "right" else (longest - len(x), 0) for x in sequences]
+    rows = [
+        nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), *end), value=padding)
+        for x, end in zip(sequences, ends, strict=True)
+    ]
+    return torch.stack(rows, 0 if batch_first else 1)
+
+
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {pad_packed_sequence: _pad_packed, pad_sequence: _pad}
 """What runs in place of a function whose C++ code writes a moving value into a tensor that it makes."""

@@ -29,7 +29,7 @@ def _reduced(loss: Any, reduction: int) -> Any:
 def _multilabel_margin(operator: Operator, x: Any, target: Tensor, reduction: int) -> Any:
     """Hinges between each class that is a target and each that is not; a row of targets ends before -1."""
     _, is_target = operator(derivatives(x)[0], target, reduction)
-    given = target.reshape(-1, target.size(-1))
+    given = target.reshape(-1, target.size(-1) if target.dim() else 1)
     rows, others = x.reshape(given.shape), is_target.reshape(given.shape) == 0
     wanted = (given >= 0).long().cumprod(1).bool()
     gaps = 1 - rows.gather(1, given.clamp_min(0)).unsqueeze(2) + rows.unsqueeze(1)

@@ -103,6 +103,8 @@ rule("max_pool3d_with_indices", "adaptive_max_pool3d")(_pooled(3))
 @rule("prod")
 def _prod(_: Operator, x: Any, dim: int | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """The product of two halves, repeated. Unlike a quotient by one factor, it allows factors that are zero."""
+    if not x.dim():
+        return x.clone()
     if dim is None:
         x, dim = x.flatten(), 0
     while x.size(dim) > 1:
