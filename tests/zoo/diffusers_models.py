@@ -16,9 +16,9 @@ from diffusers.models import modeling_utils
 from torch import nn
 
 from zoo.case import Case, NotBuilt, case
+from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, TEXT, WIDTH, inputs_of
+from zoo.diffusers_special import NOT_BUILT, SPECIAL
 
-HEADS, HEAD_DIM = 2, 16
-WIDTH, TEXT, CHANNELS = HEADS * HEAD_DIM, 24, 4
 LARGEST = 2e7  # weights of a model that is small enough
 
 
@@ -27,7 +27,7 @@ def names() -> list[str]:
         name
         for name in dir(diffusers)
         if re.search(r"Model|Autoencoder|VAE|Transformer|UNet|ControlNet|VQ|Decoder", name)
-        and not re.search(r"Pipeline|Scheduler|Flax|Auto[PM]|Multi[A-Z]|EMA|Onnx", name)
+        and not re.search(r"Pipeline|Scheduler|Flax|Auto[PM]|Multi[A-Z]|EMA|Onnx|ModelMixin", name)
         and _is_network(name)
     )
 
@@ -60,18 +60,21 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 
 def build(name: str) -> Case:
+    if name in NOT_BUILT:
+        raise NotBuilt(NOT_BUILT[name])
     kind = getattr(diffusers, name)
+    given, special_inputs = SPECIAL.get(name, ({}, None))
+    options = _small(kind) | given
     try:
         with torch.device("meta"):
-            weights = sum(p.numel() for p in kind(**_small(kind)).parameters())
+            weights = sum(p.numel() for p in kind(**options).parameters())
         if weights > LARGEST:
             raise NotBuilt(f"it still has {weights / 1e6:.0f} million weights")
-        model = kind(**_small(kind)).double()
+        model = kind(**options).double()
     except Exception as error:
         raise NotBuilt(f"its constructor: {type(error).__name__} {str(error)[:200]}") from error
     tried = []
-    for shape in _shapes(model):
-        inputs = _inputs(model, shape)
+    for inputs in inputs_of(model, special_inputs):
         try:
             model(**inputs)
         except Exception as error:
@@ -102,56 +105,3 @@ def _small(kind: type[nn.Module]) -> dict[str, Any]:
     if "caption_channels" in options and "cross_attention_dim" in options:
         options["cross_attention_dim"] = WIDTH  # the caption is projected before
     return options
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of what the model cleans: an image, a video in two orders, a sequence, a sound."""
-    config = model.config
-    channels = next(
-        (x for x in (getattr(config, key, None) for key in ("in_channels", "in_visual_dim")) if x), CHANNELS
-    )
-    sides = (8, 32)
-    shapes = [(2, channels, side, side) for side in sides]
-    shapes += [shape for side in sides for shape in ((2, channels, 5, side, side), (2, 5, channels, side, side))]
-    if "Autoencoder" in type(model).__name__:
-        shapes += [(2, 3, 5, side, side) for side in sides]
-    shapes += [(2, 16, channels), (2, channels, 64), (2, 5, 8, 8, channels), (2, channels, 1, 8, 8)]
-    return shapes
-
-
-def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Inputs by the names of the arguments of `forward`; those of `shape` come first."""
-    batch, words = shape[0], 5
-    sequence = len(shape) == 3
-    known: dict[str, Any] = {
-        "timestep": torch.tensor([1.0, 5.0]),
-        "t": torch.tensor([0.1, 0.5]),
-        "encoder_hidden_states": torch.randn(batch, words, TEXT),
-        "pooled_projections": torch.randn(batch, TEXT),
-        "encoder_attention_mask": torch.ones(batch, words),
-        "encoder_hidden_states_mask": torch.ones(batch, words),
-        "attention_mask": torch.ones(batch, words) if "encoder_attention_mask" not in _accepted(model) else None,
-        "text_embedding_mask": torch.ones(batch, words),
-        "guidance": torch.tensor([3.0, 4.0]) if getattr(model.config, "guidance_embeds", False) else None,
-        "class_labels": torch.tensor([1, 2]),
-        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).double(),
-        "txt_ids": torch.zeros(words, 3),
-        "img_shapes": [[(1, 4, 4)]] * batch,
-        "fps": 8,
-        "num_frames": 2,
-        "height": 4 if sequence else 8,
-        "width": 4 if sequence else 8,
-        "controlnet_cond": torch.randn(batch, 3, shape[-1] * 8, shape[-1] * 8),
-        "padding_mask": torch.zeros(1, 1, 8, 8),
-        "target_size": torch.tensor([[8.0, 8]] * batch),
-        "original_size": torch.tensor([[8.0, 8]] * batch),
-        "crop_coords": torch.tensor([[0.0, 0]] * batch),
-    }
-    needed = {name: p for name, p in _accepted(model).items() if p.default is p.empty or name in known}
-    inputs = {name: known[name] for name in needed if known.get(name) is not None}
-    first = next(iter(_accepted(model)))
-    return {**inputs, first: torch.randn(shape)}
-
-
-def _accepted(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(model.forward).parameters)
