@@ -14,6 +14,7 @@ Special = tuple[dict[str, Any], Callable[[], dict[str, Any]] | None]
 
 
 NOT_BUILT = {
+    "AnyFlowFARTransformer3DModel": "FlexAttention has no backward on CPUs",
     "AutoencoderKLAllegro": "it encodes only by tiles, which are more than 120 pixels wide",
     "ControlNetXSAdapter": "it runs only as a part of UNetControlNetXSModel",
     "Kandinsky6SRTransformer3DModel": "FlexAttention has no backward on CPUs",
@@ -170,16 +171,6 @@ TRANSFORMERS: dict[str, Special] = {
             "hidden_states": randn(2, 16, CHANNELS),
             "context_latents": randn(2, 16, 2 * CHANNELS),
             "timestep_r": tensor([0.5, 3.0]),
-        },
-    ),
-    "AnyFlowFARTransformer3DModel": (
-        {},
-        lambda: {
-            "hidden_states": randn(2, 3, CHANNELS, 8, 8),
-            "timestep": tensor([[1.0, 2, 2], [5, 4, 4]]),
-            "r_timestep": tensor([[0.5, 1, 1], [3, 2, 2]]),
-            "chunk_partition": [1, 2],
-            "attention_mask": torch.ones(1, 1, 128, 128, dtype=torch.bool).tril(),
         },
     ),
     "AudioLDM2ProjectionModel": (
