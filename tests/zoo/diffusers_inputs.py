@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,32 @@ HEADS, HEAD_DIM = 2, 16
 WIDTH, TEXT, CHANNELS = HEADS * HEAD_DIM, 24, 4
 
 
-def inputs_of(model: nn.Module, special: Callable[[], dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
-    """Those that are special to the model, with others by name; or candidates of several shapes, all by name."""
-    if special is not None:
-        inputs = special()
-        shape = next((x.shape for x in inputs.values() if isinstance(x, Tensor)), (BATCH, CHANNELS, 8, 8))
-        yield _named(model, shape) | inputs
+IMAGE, VIDEO, SEQUENCE = (BATCH, CHANNELS, 8, 8), (BATCH, CHANNELS, 3, 8, 8), (BATCH, 16, CHANNELS)
+
+
+class Special(NamedTuple):
+    """What a model asks for beyond the rules by name.
+
+    Attributes:
+        options: of its constructor.
+        shape: of the first input of `forward`, which is random. Without it, several shapes are tried.
+        inputs: makes the other inputs that the rules do not know. It may make the first one as well.
+    """
+
+    options: Mapping[str, Any] = MappingProxyType({})
+    shape: tuple[int, ...] | None = None
+    inputs: Callable[[], dict[str, Any]] | None = None
+
+
+def inputs_of(model: nn.Module, special: Special) -> Iterator[dict[str, Any]]:
+    """Candidates, each with another shape of what the model cleans."""
+    first = next(iter(_accepted(model)))
+    more = special.inputs() if special.inputs else {}
+    if first in more:
+        yield _named(model, IMAGE) | more
         return
-    for shape in _shapes(model):
-        first = next(iter(_accepted(model)))
-        yield {**_named(model, shape), first: torch.randn(shape)}
+    for shape in [special.shape] if special.shape else _shapes(model):
+        yield {**_named(model, shape), first: torch.randn(shape), **more}
 
 
 def grid(*sizes: int) -> Tensor:
@@ -50,7 +67,9 @@ def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 def _named(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     """Inputs by the names of the arguments of `forward`, beside a first one of this shape."""
+    config, accepted = model.config, _accepted(model)
     sequence = len(shape) == 3
+    axes = len(getattr(config, "axes_dims_rope", ()) or (0, 0, 0))
     known: dict[str, Any] = {
         "timestep": torch.tensor([1.0, 5.0]),
         "t": torch.tensor([0.1, 0.5]),
@@ -59,25 +78,31 @@ def _named(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
         "pooled_projections": torch.randn(BATCH, TEXT),
         "encoder_attention_mask": torch.ones(BATCH, WORDS),
         "encoder_hidden_states_mask": torch.ones(BATCH, WORDS),
-        "attention_mask": torch.ones(BATCH, WORDS) if "encoder_attention_mask" not in _accepted(model) else None,
+        "attention_mask": None if {"encoder_attention_mask", "sample"} & {*accepted} else torch.ones(BATCH, WORDS),
         "text_embedding_mask": torch.ones(BATCH, WORDS),
-        "guidance": torch.tensor([3.0, 4.0]) if getattr(model.config, "guidance_embeds", False) else None,
+        "guidance": torch.tensor([3.0, 4.0]) if getattr(config, "guidance_embeds", False) else None,
         "class_labels": torch.tensor([1, 2]),
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(WORDS, 3),
+        "img_ids": grid(*(1,) * (axes - 2), 4, 4),
+        "txt_ids": torch.zeros(WORDS, axes),
         "img_shapes": [[(1, 4, 4)]] * BATCH,
         "fps": 8,
         "num_frames": 2,
         "height": 4 if sequence else 8,
         "width": 4 if sequence else 8,
-        "controlnet_cond": torch.randn(BATCH, 3, shape[-1] * 8, shape[-1] * 8),
+        "controlnet_cond": torch.randn(BATCH, 3, shape[-1] * 8, shape[-1] * 8)
+        if hasattr(config, "block_out_channels")
+        else torch.randn(shape),
         "padding_mask": torch.zeros(1, 1, 8, 8),
         "target_size": torch.tensor([[8.0, 8]] * BATCH),
         "original_size": torch.tensor([[8.0, 8]] * BATCH),
         "crop_coords": torch.tensor([[0.0, 0]] * BATCH),
     }
-    needed = {name: p for name, p in _accepted(model).items() if p.default is p.empty or name in known}
-    return {name: known[name] for name in needed if known.get(name) is not None}
+    if hasattr(config, "cross_attention_dim_t5"):  # Hunyuan-DiT reads two texts
+        known["encoder_hidden_states_t5"] = torch.randn(BATCH, WORDS + 1, TEXT)
+        known["text_embedding_mask_t5"] = torch.ones(BATCH, WORDS + 1)
+        known["image_meta_size"] = torch.ones(BATCH, 6)
+        known["style"] = torch.zeros(BATCH, dtype=torch.long)
+    return {name: known[name] for name in accepted if known.get(name) is not None}
 
 
 def _accepted(model: nn.Module) -> dict[str, inspect.Parameter]:

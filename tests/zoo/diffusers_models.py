@@ -1,7 +1,7 @@
 """The networks of diffusers: every model class that its constructor can make small.
 
 As for transformers, numbers in a constructor's signature become small by their names, and `forward` is fed by the names
-of its arguments. Models that ask for more are listed as not built, with the reason.
+of its arguments. What a model asks for beyond that stands in the tables of autoencoders, transformers and U-Nets.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from diffusers.models import modeling_utils
 from torch import nn
 
 from zoo.case import Case, NotBuilt, case
-from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, TEXT, WIDTH, inputs_of
-from zoo.diffusers_special import NOT_BUILT, SPECIAL
+from zoo.diffusers_autoencoders import AUTOENCODERS
+from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, TEXT, WIDTH, Special, inputs_of
+from zoo.diffusers_transformers import TRANSFORMERS
+from zoo.diffusers_unets import UNETS
 
 LARGEST = 2e7  # weights of a model that is small enough
 
@@ -42,29 +44,49 @@ def _is_network(name: str) -> bool:
 
 # What a number in a constructor is, by its name, and what it becomes. The first match counts.
 RULES: tuple[tuple[str, Any], ...] = (
-    (r"num_(attention_|kv_|key_value_|cross_attention_)?heads|n_heads|n_kv_heads|num_key_value_heads", HEADS),
-    (r"(attention_|cross_attention_)?head_dim", HEAD_DIM),
-    (r"(num|n)_\w*(layers|blocks)|depth|num_hidden_layers|(transformer_)?layers_per_block|num_res_blocks", 1),
-    (r"hidden_size|inner_dim|model_dim|dim|caption_projection_dim|width|n_embd", WIDTH),
-    (r"ffn_dim|intermediate_size|ff_dim|mlp_dim", 48),
-    (r"(cross|joint)_attention_dim|text_(embed_)?dim|caption_channels|pooled_projection_dim|cap_feat_dim|in_text_dim\d?|"
-     r"cross_attention_dim_t5|encoder_hidden_size|text_encoder_dim|projection_dim|pooled_embed_dim", TEXT),
+    (r"(\w+_)?num_(attention_|kv_|cross_attention_|key_value_(attention_)?)?heads|n_(kv_)?heads?|dit_heads|num_trans_head",
+     HEADS),
+    (r"\w*head_dim|dim_heads|d_kv", HEAD_DIM),
+    (r"(\w+_)?(num|n)_\w*(layers?|blocks)|(dit_)?depth|(transformer_)?layers_per_block", 1),
+    (r"hidden_size|inner_dim|(model_|dit_|embed_)?dim|d_model|model_channels|caption_projection_dim|width|n_embd",
+     WIDTH),
+    (r"ffn_dim|(text_|decoder_)?intermediate_size|ff_dim|mlp_dim|d_ff|ffn_hidden_size|ff_inner_dim", 48),
+    (r"(cross|joint)_attention_(input_)?dim|cross_attention_dim_t5|(dit_)?text_((embed|emb|embed_2|hidden|in)_)?dim|"
+     r"text_encoder_(1_)?dim|caption_channels|pooled_(projection|embed)_dim|cap_feat_dim|in_text_dim\d?|projection_dim|"
+     r"encoder_hid_dim|encoder_hidden_size|encoder_hidden_states_channels|context_in_dim|llm_features_dim|clip_img_dim|"
+     r"image_(embed|proj)_dim|img_context_dim_out|crossattn_proj_in_channels|cond_(token|embed)_dim|global_cond_dim|"
+     r"global_states_input_dim|clip_text_pooled_in_channels|prefix_inner_dim", TEXT),
     (r"norm_num_groups|num_groups", 4),
-    (r"in_channels|latent_channels|out_channels|z_channels|z_dim|in_visual_dim|out_visual_dim", CHANNELS),
+    (r"(audio_)?(in|out)_channels|latent_channels?|z_channels|io_channels|z_dim|(in|out)_visual_dim", CHANNELS),
     (r"base_dim|decoder_base_dim|base_channels|ch|encoder_dim|decoder_dim|encoder_base_dim", 8),
     (r"sample_size|sample_height|sample_width", 8),
     (r"pos_embed_max_size", 16),
-    (r"freq_dim|time_embed_dim|time_embedding_dim|condition_dim|time_dim|timestep_embed_dim", 16),
+    (r"freq_dim|(time|timestep|fourier|timestep_ratio)_(embed|embedding)(_hidden)?_dim|condition_dim|time_(step_)?dim|"
+     r"timestep_(features_dim|channels|guidance_channels)|adaln_dim", 16),
     (r"num_embeds_ada_norm|num_train_timesteps|num_vq_embeddings|vocab_size|rope_max_seq_len", 64),
 )  # fmt: skip
+
+SPECIAL = AUTOENCODERS | TRANSFORMERS | UNETS
+
+# Why those cannot be built that are known.
+FLEX = "FlexAttention has no backward on CPUs"
+NOT_BUILT = {
+    "AnyFlowFARTransformer3DModel": FLEX,
+    "AutoencoderKLAllegro": "it encodes only by tiles, which are more than 120 pixels wide",
+    "ControlNetXSAdapter": "it runs only as a part of UNetControlNetXSModel",
+    "Kandinsky6SRTransformer3DModel": FLEX,
+    "LTX2VideoDiffusionDecoderModel": FLEX,
+    "WanAnimate2Transformer3DModel": FLEX,
+    "ZImageControlNetModel": "it borrows modules of a ZImageTransformer2DModel",
+}
 
 
 def build(name: str) -> Case:
     if name in NOT_BUILT:
         raise NotBuilt(NOT_BUILT[name])
     kind = getattr(diffusers, name)
-    given, special_inputs = SPECIAL.get(name, ({}, None))
-    options = _small(kind) | given
+    special = SPECIAL.get(name, Special())
+    options = {**_small(kind), **special.options}
     try:
         with torch.device("meta"):
             weights = sum(p.numel() for p in kind(**options).parameters())
@@ -74,7 +96,7 @@ def build(name: str) -> Case:
     except Exception as error:
         raise NotBuilt(f"its constructor: {type(error).__name__} {str(error)[:200]}") from error
     tried = []
-    for inputs in inputs_of(model, special_inputs):
+    for inputs in inputs_of(model, special):
         try:
             model(**inputs)
         except Exception as error:
