@@ -1,7 +1,7 @@
 """The networks of diffusers: every model class that its constructor can make small.
 
 As for transformers, numbers in a constructor's signature become small by their names, and `forward` is fed by the names
-of its arguments. What a model asks for beyond that stands in the tables of autoencoders, transformers and U-Nets.
+of its arguments. What a model asks for beyond that is in the tables of autoencoders, sounds, transformers, U-Nets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from zoo.case import Case, NotBuilt, case
 from zoo.diffusers_autoencoders import AUTOENCODERS
 from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, TEXT, WIDTH, Special, inputs_of
+from zoo.diffusers_sounds import SOUNDS
 from zoo.diffusers_transformers import TRANSFORMERS
 from zoo.diffusers_unets import UNETS
 
@@ -66,7 +67,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"num_embeds_ada_norm|num_train_timesteps|num_vq_embeddings|vocab_size|rope_max_seq_len", 64),
 )  # fmt: skip
 
-SPECIAL = AUTOENCODERS | TRANSFORMERS | UNETS
+SPECIAL = AUTOENCODERS | SOUNDS | TRANSFORMERS | UNETS
 
 # Why those cannot be built that are known.
 FLEX = "FlexAttention has no backward on CPUs"
@@ -76,6 +77,7 @@ NOT_BUILT = {
     "ControlNetXSAdapter": "it runs only as a part of UNetControlNetXSModel",
     "Kandinsky6SRTransformer3DModel": FLEX,
     "LTX2VideoDiffusionDecoderModel": FLEX,
+    "RFD4ProteinaAutoencoder": "it asks for the tables of a protein's atoms",
     "WanAnimate2Transformer3DModel": FLEX,
     "ZImageControlNetModel": "it borrows modules of a ZImageTransformer2DModel",
 }

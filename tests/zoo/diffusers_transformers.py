@@ -10,16 +10,6 @@ from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, IMAGE, SEQUENCE, TEX
 LTX2 = {"audio_cross_attention_dim": WIDTH}
 
 TRANSFORMERS: dict[str, Special] = {
-    "AceStepTransformer1DModel": Special(
-        {"audio_acoustic_hidden_dim": CHANNELS, "in_channels": 3 * CHANNELS, "encoder_hidden_size": TEXT},
-        SEQUENCE,
-        lambda: {"context_latents": randn(2, 16, 2 * CHANNELS), "timestep_r": tensor([0.5, 3.0])},
-    ),
-    "AudioLDM2ProjectionModel": Special(
-        {"langauge_model_dim": WIDTH},
-        (2, 5, TEXT),
-        lambda: {"hidden_states_1": randn(2, 7, TEXT), "attention_mask": None},
-    ),
     "BriaFibo2Transformer2DModel": Special(
         {"injection_layer_ids": (0,), "min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2},
         IMAGE,
@@ -150,9 +140,6 @@ TRANSFORMERS: dict[str, Special] = {
         },
         VIDEO,
     ),
-    "LongCatAudioDiTTransformer": Special(
-        {"latent_dim": CHANNELS}, SEQUENCE, lambda: {"latent_cond": randn(2, 16, CHANNELS)}
-    ),
     "LTX2VideoTransformer3DModel": Special(
         LTX2,
         (2, 32, CHANNELS),
@@ -192,10 +179,6 @@ TRANSFORMERS: dict[str, Special] = {
             "text_indices": torch.arange(5),
         },
     ),
-    "MiniMaxMusic3RVQDepthDecoder": Special({"audio_vocab_size": 16, "num_codebooks": 4}, (2, 4, WIDTH)),
-    "MiniMaxMusic3Transformer1DModel": Special(
-        {"rotary_dim": 8}, (2, CHANNELS, 16), lambda: {"encoder_hidden_states": randn(2, 16, 16)}
-    ),
     "OmniGenTransformer2DModel": Special(
         {
             "pad_token_id": 0,
@@ -219,6 +202,30 @@ TRANSFORMERS: dict[str, Special] = {
     "QwenImage21Transformer2DModel": Special(
         shape=SEQUENCE, inputs=lambda: {"img_mask": (torch.arange(9) > 4).expand(2, 9)}
     ),
+    "RFD4ProteinaTransformer": Special(
+        {
+            "nlayers": 1,
+            "token_dim": WIDTH,
+            "nheads": HEADS,
+            "dim_cond": 16,
+            "pair_repr_dim": 16,
+            "tri_mult_c": 8,
+            "feats_seq": ("xt_bb_ca", "xt_local_latents"),
+            "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+            "feats_pair_repr": ("xt_bb_ca_pair_dists",),
+        },
+        (2, 6, 3),
+        lambda: {
+            "local_latents": randn(2, 6, 32),
+            "bb_ca_time": tensor([0.1, 0.5]),
+            "local_latents_time": tensor([0.2, 0.7]),
+            "padding_mask": torch.ones(2, 6, dtype=torch.bool),
+            "conditioning": {
+                "is_in_context_conditioning": torch.zeros(2, 6, dtype=torch.bool),
+                "supports_local_latent": torch.ones(2, 6, dtype=torch.bool),
+            },
+        },
+    ),
     "SanaWMLTX2RefinerTransformer3DModel": Special(
         LTX2,
         (2, 32, CHANNELS),
@@ -234,31 +241,6 @@ TRANSFORMERS: dict[str, Special] = {
             "timestep": tensor([[[100.0] * 3], [[500.0] * 3]]),
             "encoder_hidden_states": randn(2, 1, 5, TEXT),
             "chunk_plucker": randn(2, CHANNELS, 3, 4, 4),
-        },
-    ),
-    "StableAudio3DiTModel": Special(
-        {"local_add_cond_dim": 5, "num_memory_tokens": 4},
-        (2, CHANNELS, 16),
-        lambda: {"global_hidden_states": randn(2, TEXT)},
-    ),
-    "StableAudioDiTModel": Special(
-        shape=(2, CHANNELS, 16),
-        inputs=lambda: {
-            "global_hidden_states": randn(2, 1, TEXT),
-            "rotary_embedding": (randn(17, HEAD_DIM // 2), randn(17, HEAD_DIM // 2)),
-        },
-    ),
-    "StableAudioProjectionModel": Special(
-        {"conditioning_dim": 16, "min_value": 0, "max_value": 8},
-        (2, 5, TEXT),
-        lambda: {"start_seconds": tensor([0.0, 1.0]), "end_seconds": tensor([4.0, 5.0])},
-    ),
-    "T5FilmDecoder": Special(
-        {"input_dims": 8, "targets_length": 16},
-        inputs=lambda: {
-            "encodings_and_masks": [(randn(2, 5, WIDTH), torch.ones(2, 5))],
-            "decoder_input_tokens": randn(2, 16, 8),
-            "decoder_noise_time": tensor([0.1, 0.7]),
         },
     ),
     "Transformer2DModel": Special(
