@@ -25,12 +25,17 @@ class Case(NamedTuple):
 
 
 class InFloat64(TorchFunctionMode):
-    """Context manager in which float32 means float64.
+    """Context manager in which float32 and bfloat16 mean float64.
 
-    Many models cast to float32 what half precision would spoil. In float64 these casts would lose digits instead.
+    Many models cast to float32 what half precision would spoil, and some to bfloat16 what they trained with. In float64
+    these casts would lose digits instead.
     """
 
-    wide = {torch.float32: torch.float64, torch.complex64: torch.complex128}  # noqa: RUF012 - a constant
+    wide = {  # noqa: RUF012 - a constant
+        torch.float32: torch.float64,
+        torch.bfloat16: torch.float64,
+        torch.complex64: torch.complex128,
+    }
 
     def __enter__(self) -> InFloat64:
         torch.set_default_dtype(torch.float64)

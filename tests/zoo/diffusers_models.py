@@ -1,7 +1,7 @@
 """The networks of diffusers: every model class that its constructor can make small.
 
 As for transformers, numbers in a constructor's signature become small by their names, and `forward` is fed by the names
-of its arguments. Models that ask for more are listed as not built, with the reason.
+of its arguments. What a model asks for beyond that is in the tables of autoencoders, sounds, transformers, U-Nets.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from diffusers.models import modeling_utils
 from torch import nn
 
 from zoo.case import Case, NotBuilt, case
+from zoo.diffusers_autoencoders import AUTOENCODERS
+from zoo.diffusers_inputs import CHANNELS, HEAD_DIM, HEADS, TEXT, WIDTH, Special, inputs_of
+from zoo.diffusers_sounds import SOUNDS
+from zoo.diffusers_transformers import TRANSFORMERS
+from zoo.diffusers_unets import UNETS
 
-HEADS, HEAD_DIM = 2, 16
-WIDTH, TEXT, CHANNELS = HEADS * HEAD_DIM, 24, 4
 LARGEST = 2e7  # weights of a model that is small enough
 
 
@@ -27,7 +30,7 @@ def names() -> list[str]:
         name
         for name in dir(diffusers)
         if re.search(r"Model|Autoencoder|VAE|Transformer|UNet|ControlNet|VQ|Decoder", name)
-        and not re.search(r"Pipeline|Scheduler|Flax|Auto[PM]|Multi[A-Z]|EMA|Onnx", name)
+        and not re.search(r"Pipeline|Scheduler|Flax|Auto[PM]|Multi[A-Z]|EMA|Onnx|ModelMixin", name)
         and _is_network(name)
     )
 
@@ -42,36 +45,60 @@ def _is_network(name: str) -> bool:
 
 # What a number in a constructor is, by its name, and what it becomes. The first match counts.
 RULES: tuple[tuple[str, Any], ...] = (
-    (r"num_(attention_|kv_|key_value_|cross_attention_)?heads|n_heads|n_kv_heads|num_key_value_heads", HEADS),
-    (r"(attention_|cross_attention_)?head_dim", HEAD_DIM),
-    (r"(num|n)_\w*(layers|blocks)|depth|num_hidden_layers|(transformer_)?layers_per_block|num_res_blocks", 1),
-    (r"hidden_size|inner_dim|model_dim|dim|caption_projection_dim|width|n_embd", WIDTH),
-    (r"ffn_dim|intermediate_size|ff_dim|mlp_dim", 48),
-    (r"(cross|joint)_attention_dim|text_(embed_)?dim|caption_channels|pooled_projection_dim|cap_feat_dim|in_text_dim\d?|"
-     r"cross_attention_dim_t5|encoder_hidden_size|text_encoder_dim|projection_dim|pooled_embed_dim", TEXT),
+    (r"(\w+_)?num_(attention_|kv_|cross_attention_|key_value_(attention_)?)?heads|n_(kv_)?heads?|dit_heads|num_trans_head",
+     HEADS),
+    (r"\w*head_dim|dim_heads|d_kv", HEAD_DIM),
+    (r"(\w+_)?(num|n)_\w*(layers?|blocks)|(dit_)?depth|(transformer_)?layers_per_block", 1),
+    (r"hidden_size|inner_dim|(model_|dit_|embed_)?dim|d_model|model_channels|caption_projection_dim|width|n_embd",
+     WIDTH),
+    (r"ffn_dim|(text_|decoder_)?intermediate_size|ff_dim|mlp_dim|d_ff|ffn_hidden_size|ff_inner_dim", 48),
+    (r"(cross|joint)_attention_(input_)?dim|cross_attention_dim_t5|(dit_)?text_((embed|emb|embed_2|hidden|in)_)?dim|"
+     r"text_encoder_(1_)?dim|caption_channels|pooled_(projection|embed)_dim|cap_feat_dim|in_text_dim\d?|projection_dim|"
+     r"encoder_hid_dim|encoder_hidden_size|encoder_hidden_states_channels|context_in_dim|llm_features_dim|clip_img_dim|"
+     r"image_(embed|proj)_dim|img_context_dim_out|crossattn_proj_in_channels|cond_(token|embed)_dim|global_cond_dim|"
+     r"global_states_input_dim|clip_text_pooled_in_channels|prefix_inner_dim", TEXT),
     (r"norm_num_groups|num_groups", 4),
-    (r"in_channels|latent_channels|out_channels|z_channels|z_dim|in_visual_dim|out_visual_dim", CHANNELS),
+    (r"(audio_)?(in|out)_channels|latent_channels?|z_channels|io_channels|z_dim|(in|out)_visual_dim", CHANNELS),
     (r"base_dim|decoder_base_dim|base_channels|ch|encoder_dim|decoder_dim|encoder_base_dim", 8),
     (r"sample_size|sample_height|sample_width", 8),
     (r"pos_embed_max_size", 16),
-    (r"freq_dim|time_embed_dim|time_embedding_dim|condition_dim|time_dim|timestep_embed_dim", 16),
+    (r"freq_dim|(time|timestep|fourier|timestep_ratio)_(embed|embedding)(_hidden)?_dim|condition_dim|time_(step_)?dim|"
+     r"timestep_(features_dim|channels|guidance_channels)|adaln_dim", 16),
     (r"num_embeds_ada_norm|num_train_timesteps|num_vq_embeddings|vocab_size|rope_max_seq_len", 64),
 )  # fmt: skip
 
+SPECIAL = AUTOENCODERS | SOUNDS | TRANSFORMERS | UNETS
+
+# Why those cannot be built that are known.
+FLEX = "FlexAttention has no backward on CPUs"
+NOT_BUILT = {
+    "AnyFlowFARTransformer3DModel": FLEX,
+    "AutoencoderKLAllegro": "it encodes only by tiles, which are more than 120 pixels wide",
+    "ControlNetXSAdapter": "it runs only as a part of UNetControlNetXSModel",
+    "Kandinsky6SRTransformer3DModel": FLEX,
+    "LTX2VideoDiffusionDecoderModel": FLEX,
+    "RFD4ProteinaAutoencoder": "it asks for the tables of a protein's atoms",
+    "WanAnimate2Transformer3DModel": FLEX,
+    "ZImageControlNetModel": "it borrows modules of a ZImageTransformer2DModel",
+}
+
 
 def build(name: str) -> Case:
+    if name in NOT_BUILT:
+        raise NotBuilt(NOT_BUILT[name])
     kind = getattr(diffusers, name)
+    special = SPECIAL.get(name, Special())
+    options = {**_small(kind), **special.options}
     try:
         with torch.device("meta"):
-            weights = sum(p.numel() for p in kind(**_small(kind)).parameters())
+            weights = sum(p.numel() for p in kind(**options).parameters())
         if weights > LARGEST:
             raise NotBuilt(f"it still has {weights / 1e6:.0f} million weights")
-        model = kind(**_small(kind)).double()
+        model = kind(**options).double()
     except Exception as error:
         raise NotBuilt(f"its constructor: {type(error).__name__} {str(error)[:200]}") from error
     tried = []
-    for shape in _shapes(model):
-        inputs = _inputs(model, shape)
+    for inputs in inputs_of(model, special):
         try:
             model(**inputs)
         except Exception as error:
@@ -102,56 +129,3 @@ def _small(kind: type[nn.Module]) -> dict[str, Any]:
     if "caption_channels" in options and "cross_attention_dim" in options:
         options["cross_attention_dim"] = WIDTH  # the caption is projected before
     return options
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of what the model cleans: an image, a video in two orders, a sequence, a sound."""
-    config = model.config
-    channels = next(
-        (x for x in (getattr(config, key, None) for key in ("in_channels", "in_visual_dim")) if x), CHANNELS
-    )
-    sides = (8, 32)
-    shapes = [(2, channels, side, side) for side in sides]
-    shapes += [shape for side in sides for shape in ((2, channels, 5, side, side), (2, 5, channels, side, side))]
-    if "Autoencoder" in type(model).__name__:
-        shapes += [(2, 3, 5, side, side) for side in sides]
-    shapes += [(2, 16, channels), (2, channels, 64), (2, 5, 8, 8, channels), (2, channels, 1, 8, 8)]
-    return shapes
-
-
-def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Inputs by the names of the arguments of `forward`; those of `shape` come first."""
-    batch, words = shape[0], 5
-    sequence = len(shape) == 3
-    known: dict[str, Any] = {
-        "timestep": torch.tensor([1.0, 5.0]),
-        "t": torch.tensor([0.1, 0.5]),
-        "encoder_hidden_states": torch.randn(batch, words, TEXT),
-        "pooled_projections": torch.randn(batch, TEXT),
-        "encoder_attention_mask": torch.ones(batch, words),
-        "encoder_hidden_states_mask": torch.ones(batch, words),
-        "attention_mask": torch.ones(batch, words) if "encoder_attention_mask" not in _accepted(model) else None,
-        "text_embedding_mask": torch.ones(batch, words),
-        "guidance": torch.tensor([3.0, 4.0]) if getattr(model.config, "guidance_embeds", False) else None,
-        "class_labels": torch.tensor([1, 2]),
-        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).double(),
-        "txt_ids": torch.zeros(words, 3),
-        "img_shapes": [[(1, 4, 4)]] * batch,
-        "fps": 8,
-        "num_frames": 2,
-        "height": 4 if sequence else 8,
-        "width": 4 if sequence else 8,
-        "controlnet_cond": torch.randn(batch, 3, shape[-1] * 8, shape[-1] * 8),
-        "padding_mask": torch.zeros(1, 1, 8, 8),
-        "target_size": torch.tensor([[8.0, 8]] * batch),
-        "original_size": torch.tensor([[8.0, 8]] * batch),
-        "crop_coords": torch.tensor([[0.0, 0]] * batch),
-    }
-    needed = {name: p for name, p in _accepted(model).items() if p.default is p.empty or name in known}
-    inputs = {name: known[name] for name in needed if known.get(name) is not None}
-    first = next(iter(_accepted(model)))
-    return {**inputs, first: torch.randn(shape)}
-
-
-def _accepted(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(model.forward).parameters)
