@@ -81,7 +81,11 @@ def is_compiled(module: nn.Module) -> bool:
 
 @cache
 def _is_a(kind: Any, *names: str) -> bool:
-    """Whether PyTorch's class of this name is a base: without an import that may be missing or take long."""
+    """Whether PyTorch's class of this name is a base: without an import that may be missing or take long.
+
+    An import of FSDP also lets the last DDP model end gloo's process group with Python's lock held, for which a thread
+    of the group may wait: then the process never ends.
+    """
     return any(c.__name__ in names and c.__module__.startswith("torch.") for c in kind.__mro__)
 
 
@@ -109,6 +113,11 @@ def supports_found_inf(optimizer: Optimizer) -> bool:
 
 
 # --- parallel: DTensor, FSDP2
+
+
+def is_fsdp2_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module itself."""
+    return _is_a(cast(Any, type(module)), "FSDPModule")
 
 
 def with_local_part(tensor: DTensor, part: Tensor) -> DTensor:

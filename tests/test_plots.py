@@ -126,6 +126,8 @@ except ImportError as error:
     assert "gen_dist[plots]" in str(error), error
 else:
     raise AssertionError("drawn without matplotlib")
+imported = {"torch._dynamo", "torch.distributed.fsdp"} & sys.modules.keys()
+assert not imported, imported  # with them, a job of DDP on gloo may hang at its end
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

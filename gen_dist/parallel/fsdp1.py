@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from gen_dist import torch_private
 from gen_dist.parallel.gathering import Gathering, Substitute
@@ -24,7 +23,7 @@ class FSDP1(Kind):
     averages_gradients = True
 
     def __init__(self, model: nn.Module) -> None:
-        wrappers = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
+        wrappers = [m for m in model.modules() if torch_private.moves_weights(m)]
         self.units = [_Unit(m) for m in wrappers if torch_private.fsdp1_handle(m) is not None]
         self._unit_of = {id(p): unit for unit in self.units for p in unit.parameters()}
         # with those that FSDP1 was told to ignore: their gradients are left to the user

@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard
 
 from gen_dist.parallel.gathering import Gathering
 from gen_dist.parallel.kind import Kind
 from gen_dist.parallel.pieces import PendingGather, Piece
 from gen_dist.parallel.placement import DTensor, local
-from gen_dist.torch_private import end_fsdp2_forward, fsdp2_compute_dtype
+from gen_dist.torch_private import end_fsdp2_forward, fsdp2_compute_dtype, is_fsdp2_unit
 
 __all__ = ["FSDP2"]
 
@@ -27,7 +26,7 @@ class FSDP2(Kind):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.units: list[Any] = [m for m in model.modules() if is_fsdp2_unit(m)]
         self._plans: dict[nn.Module, _Plan] = {}  # kept from update to update
 
     @property
@@ -35,7 +34,7 @@ class FSDP2(Kind):
         return bool(self.units)
 
     def compute_dtypes(self) -> list[torch.dtype | None]:
-        return [fsdp2_compute_dtype(cast(nn.Module, unit)) for unit in self.units]
+        return [fsdp2_compute_dtype(unit) for unit in self.units]
 
     def reshard(self) -> None:
         for unit in self.units:
@@ -150,7 +149,7 @@ def _modules_with_unit(model: nn.Module) -> Iterator[tuple[nn.Module | None, nn.
         if module in seen:
             return
         seen.add(module)
-        unit = module if isinstance(module, FSDPModule) else unit
+        unit = module if is_fsdp2_unit(module) else unit
         yield unit, module
         for child in module.children():
             yield from walk(child, unit)
