@@ -55,14 +55,18 @@ class InFloat64(TorchFunctionMode):
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Context manager in which `hardsigmoid` is written as PyTorch defines it: its kernel has no double backward.
+    """Context manager in which two functions are written out, whose kernels PyTorch does not differentiate twice.
 
-    That kernel also takes 1/6 in float32.
+    The kernel of `hardsigmoid` has no double backward, and takes 1/6 in float32. That of `_weight_norm` takes the norm
+    for a constant in its double backward.
     """
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.hardsigmoid:
             return F.relu6(args[0] + 3) / 6
+        if function is torch._weight_norm:
+            v, g, *dim = args
+            return v * (g / torch.norm_except_dim(v, 2, *dim))
         return function(*args, **(kwargs or {}))
 
 

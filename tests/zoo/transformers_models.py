@@ -126,6 +126,7 @@ NARROWER: Rules = (
     (r"image_size|img_size|crop_size", 64),
     (r"patch_size", 8),
     (r"num_groups|norm_num_groups", 4),
+    (r"upsample_initial_channel|spectrogram_bins", 32),
     (r"num_conv_pos_embedding_groups", 4),
     (r"num_conv_pos_embeddings", 16),
     (r"\w*window_size|sliding_window|attention_window", 2),
