@@ -94,7 +94,7 @@ def wraps_only(module: nn.Module) -> bool:
     return _is_a(cast(Any, type(module)), "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
-def moves_weights(module: nn.Module) -> bool:
+def is_fsdp1_unit(module: nn.Module) -> bool:
     """Whether the module is a unit of FSDP1, which moves the weights of all modules inside."""
     return _is_a(cast(Any, type(module)), "FullyShardedDataParallel")
 

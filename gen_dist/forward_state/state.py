@@ -21,9 +21,9 @@ from gen_dist.torch_private import (
     foreach_copy_,
     global_forward_pre_hooks,
     is_compiled,
+    is_fsdp1_unit,
     is_scripted,
     local_part,
-    moves_weights,
     own_attributes_of_modules,
     scripted_attributes,
     wraps_only,
@@ -89,7 +89,7 @@ class _State:
         managed: set[nn.Module] = set()
         modules = list(root.modules())
         for module in modules:
-            if moves_weights(module):
+            if is_fsdp1_unit(module):
                 managed.update(module.modules())
         for module in modules:
             if id(module) in self.seen:

@@ -23,7 +23,7 @@ class FSDP1(Kind):
     averages_gradients = True
 
     def __init__(self, model: nn.Module) -> None:
-        wrappers = [m for m in model.modules() if torch_private.moves_weights(m)]
+        wrappers = [m for m in model.modules() if torch_private.is_fsdp1_unit(m)]
         self.units = [_Unit(m) for m in wrappers if torch_private.fsdp1_handle(m) is not None]
         self._unit_of = {id(p): unit for unit in self.units for p in unit.parameters()}
         # with those that FSDP1 was told to ignore: their gradients are left to the user

@@ -12,14 +12,14 @@ from gen_dist.parabola import Parabola
 from gen_dist.policy import Auto, Clamp, State
 from gen_dist.policy.rule import WENT_TOO_FAR
 
-__all__ = ["ABLATED", "WITH", "WithoutBudget", "WithoutReturn"]
+__all__ = ["ABLATED", "WithoutBudget", "WithoutReturn"]
 
 # One constant of the rule at a time is another value; "0" and "inf" take away what it is for.
 ABLATED: dict[str, tuple[float, ...]] = {
     "start": (5e-6, 2e-4, 5e-4),
     "quick": (1.07, 1.25, 2.0),
     "slow": (1.03, 1.15),
-    "edge": (0.4, 1.5, 1e9),
+    "edge": (0.4, 1.5),
     "share": (0.1, 0.4, math.inf),
     "creep": (0.0, 2.0),
     "far": (2.0, math.inf),
@@ -36,8 +36,6 @@ ABLATED: dict[str, tuple[float, ...]] = {
     "JUMP": (1.5, math.inf),
     "DONE": (0.0, 1.0),
 }
-# What such a value needs beside it: an edge lies below `far`, and quick growth is not slower than slow growth.
-WITH: dict[tuple[str, float], dict[str, float]] = {("edge", 1e9): {"far": math.inf}}
 
 
 class WithoutBudget(Auto):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from quality_ablations import ABLATED, WITH, WithoutBudget, WithoutReturn
+from quality_ablations import ABLATED, WithoutBudget, WithoutReturn
 from quality_rivals import ScheduleFreePlus
 from quality_tasks import SGD_RATES, TASKS, Task
 from quality_training import (
@@ -197,10 +197,11 @@ UNTUNED_METHODS: dict[str, Start] = {
     "autogen-one-probe": autogen(curvature="forward", probes=1),
     "autogen-two-probes": autogen(curvature="forward", probes=2),
     **{
-        f"ablation-{name.lower().replace('_', '-')}-{value:g}": autogen(**{name: value, **WITH.get((name, value), {})})
+        f"ablation-{name.lower().replace('_', '-')}-{value:g}": autogen(**{name: value})
         for name, values in ABLATED.items()
         for value in values
     },
+    "ablation-without-edge": autogen(edge=1e9, far=math.inf),
     "ablation-without-budget": autogen(kind=WithoutBudget),
     "ablation-without-return": autogen(kind=WithoutReturn),
 }

@@ -93,6 +93,7 @@ def _detection(name: str) -> Case:
     masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
     masks[0, 6:44, 4:40] = masks[1, 10:50, 20:60] = 1
     corners = torch.stack([boxes[:, :2] + 2, boxes[:, 2:] - 2], 1)
+    # by name, since torchvision wants these in float32, which means float64 here
     keypoints = torch.cat([corners.repeat(1, 9, 1)[:, :17], torch.ones(2, 17, 1)], 2).type("torch.FloatTensor")
     target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": keypoints}
     if name.startswith("keypoint"):
