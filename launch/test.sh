@@ -13,5 +13,5 @@ say "ruff and mypy (under a minute)"
 "${run[@]}" ruff format --check .
 "${run[@]}" mypy gen_dist examples
 
-say "pytest on 2 processes (under five minutes)"
+say "pytest on 2 processes (five to eight minutes)"
 "${run[@]}" pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
